@@ -1,0 +1,1 @@
+"""The engine's bookkeeping: pure Python and numpy, no torch."""

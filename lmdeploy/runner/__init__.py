@@ -1,0 +1,1 @@
+"""One rank's device side: from a plan to sampled tokens."""

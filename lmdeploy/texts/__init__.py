@@ -1,0 +1,28 @@
+"""The texts of all error codes, in English and Chinese.
+
+Each area keeps its entries in a module of its own; an entry is ``code: {lang: text}``, a text is a ``str.format``
+template over the error's parameters and says what happened, why, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+
+LANGUAGES = ('en', 'zh')
+AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'engine', 'cli')
+_table: dict[str, dict[str, str]] = {}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """All entries, gathered on first use: ``{code: {lang: text}}``."""
+    if not _table:
+        for area in AREAS:
+            _table.update(import_module(f'lmdeploy.texts.{area}').TEXTS)
+    return _table
+
+
+def render(code: str, lang: str, params: Mapping[str, object]) -> str:
+    """The text of ``code`` in ``lang`` (English where that language is missing) with its parameters filled in."""
+    entry = table()[code]
+    return entry.get(lang, entry['en']).format(**params)

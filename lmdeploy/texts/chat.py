@@ -1,0 +1,3 @@
+"""Error texts: chat."""
+
+TEXTS: dict[str, dict[str, str]] = {}

@@ -1,0 +1,3 @@
+"""Error texts: cli."""
+
+TEXTS: dict[str, dict[str, str]] = {}

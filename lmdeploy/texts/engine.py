@@ -1,0 +1,3 @@
+"""Error texts: engine."""
+
+TEXTS: dict[str, dict[str, str]] = {}

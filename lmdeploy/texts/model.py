@@ -1,0 +1,3 @@
+"""Error texts: model."""
+
+TEXTS: dict[str, dict[str, str]] = {}

@@ -1,0 +1,3 @@
+"""Error texts: options."""
+
+TEXTS: dict[str, dict[str, str]] = {}

@@ -1,0 +1,3 @@
+"""Error texts: requests."""
+
+TEXTS: dict[str, dict[str, str]] = {}

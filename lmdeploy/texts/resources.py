@@ -1,0 +1,3 @@
+"""Error texts: resources."""
+
+TEXTS: dict[str, dict[str, str]] = {}

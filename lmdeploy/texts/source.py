@@ -1,0 +1,3 @@
+"""Error texts: source."""
+
+TEXTS: dict[str, dict[str, str]] = {}

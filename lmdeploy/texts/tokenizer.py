@@ -1,0 +1,3 @@
+"""Error texts: tokenizer."""
+
+TEXTS: dict[str, dict[str, str]] = {}

@@ -1,0 +1,3 @@
+"""Error texts: weights."""
+
+TEXTS: dict[str, dict[str, str]] = {}
