@@ -1,0 +1,181 @@
+"""normalise(): from the two public engine configs to the one EngineConfig, by a table of every public field.
+
+A field is *honoured* (it sets a field of :class:`EngineConfig`), a *hint* (accepted, told at DEBUG level: nothing would
+change), *handled elsewhere* (the model source), or *refused*: any value but its default raises ``ConfigError`` and
+names the field. Nothing is accepted and ignored in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lmdeploy.config.engine import EngineConfig
+from lmdeploy.errors import ConfigError
+from lmdeploy.log import get_logger
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
+
+PublicConfig = TurbomindEngineConfig | PytorchEngineConfig
+Fate = Literal['honoured', 'hint', 'elsewhere', 'refused']
+
+DTYPES = {'auto': 'auto', 'float16': 'float16', 'bfloat16': 'bfloat16', 'float32': 'float32', 'half': 'float16',
+          'fp16': 'float16', 'bf16': 'bfloat16', 'fp32': 'float32'}
+DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public default, means the best device there is
+EXECUTORS = {None: 'local', 'uni': 'local'}
+QUANT_POLICIES = {0: 0}
+MODEL_FORMATS = {None: None, 'hf': None}
+MAX_COUNT = 1 << 24  # no sane length, batch or block count is larger; keeps hostile numbers away from allocations
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What becomes of one public field. ``set`` returns EngineConfig fields; it raises ConfigError on bad values."""
+
+    fate: Fate
+    set: Callable[[str, Any], dict[str, Any]] | None = None
+
+
+def _choice(target: str, choices: dict[Any, Any]) -> Rule:
+    def set_(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, (str, int, type(None))) or isinstance(value, bool) or value not in choices:
+            raise ConfigError('LMD-221', field=name, value=value, choices=', '.join(map(repr, choices)))
+        return {target: choices[value]}
+
+    return Rule('honoured', set_)
+
+
+def _count(target: str, least: int = 1, none: bool = True, zero: Any = ...) -> Rule:
+    def set_(name: str, value: Any) -> dict[str, Any]:
+        if value is None and none:
+            return {target: None}
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value == 0 and zero is not ...:
+                return {} if zero is None else {target: zero}
+            if least <= value <= MAX_COUNT:
+                return {target: value}
+        raise ConfigError('LMD-222', field=name, value=value, least=least, most=MAX_COUNT)
+
+    return Rule('honoured', set_)
+
+
+def _flag(target: str) -> Rule:
+    def set_(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, bool):
+            raise ConfigError('LMD-221', field=name, value=value, choices='True, False')
+        return {target: value}
+
+    return Rule('honoured', set_)
+
+
+def _cache(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COUNT:
+        return {'num_blocks': value}
+    if isinstance(value, float) and math.isfinite(value) and 0 < value < 1:
+        return {'cache_share': value}
+    raise ConfigError('LMD-223', field=name, value=value)
+
+
+def _block_size(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 4096 and value % 64 == 0:
+        return {'block_size': value}
+    raise ConfigError('LMD-224', field=name, value=value)
+
+
+def _rope_factor(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or 1 <= value <= 1024):
+        return {'rope_scaling_factor': float(value)}
+    raise ConfigError('LMD-225', field=name, value=value)
+
+
+def _tp(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError('LMD-222', field=name, value=value, least=1, most=64)
+    if value > 1:
+        raise ConfigError('LMD-226', field=name, value=value)
+    return {'tp': value}
+
+
+HINT, ELSEWHERE, REFUSED = Rule('hint'), Rule('elsewhere'), Rule('refused')
+
+SHARED = {
+    'dtype': _choice('dtype', DTYPES),
+    'tp': Rule('honoured', _tp),
+    'session_len': _count('session_len'),
+    'max_batch_size': _count('max_batch_size'),
+    'cache_max_entry_count': Rule('honoured', _cache),
+    'enable_prefix_caching': _flag('prefix_caching'),
+    'quant_policy': _choice('quant_policy', QUANT_POLICIES),
+    'max_prefill_token_num': _count('max_step_tokens', zero=None),
+    'model_format': _choice('model_format', MODEL_FORMATS),
+    'download_dir': ELSEWHERE,
+    'revision': ELSEWHERE,
+    'dp': REFUSED,
+    'ep': REFUSED,
+    'empty_init': REFUSED,
+    'hf_overrides': REFUSED,
+    'enable_metrics': HINT,
+}
+TURBOMIND = SHARED | {
+    'rope_scaling_factor': Rule('honoured', _rope_factor),
+    'cache_block_seq_len': Rule('honoured', _block_size),
+    'use_logn_attn': REFUSED,
+    'device_num': REFUSED,
+    'attn_tp_size': REFUSED,
+    'attn_dp_size': REFUSED,
+    'mlp_tp_size': REFUSED,
+    'mlp_dp_size': REFUSED,
+    'outer_dp_size': REFUSED,
+    'cp': REFUSED,
+    'nnodes': REFUSED,
+    'node_rank': REFUSED,
+    'dist_init_addr': REFUSED,
+    'devices': REFUSED,
+    'cache_chunk_size': HINT,
+    'num_tokens_per_iter': HINT,
+    'max_prefill_iters': HINT,
+    'communicator': HINT,
+}
+PYTORCH = SHARED | {
+    'block_size': Rule('honoured', _block_size),
+    'num_gpu_blocks': _count('num_blocks', none=False, zero=None),
+    'device_type': _choice('device', DEVICES),
+    'eager_mode': Rule('honoured', lambda name, value: {'runner': 'eager' if _flag(name).set(name, value)[name] else 'graph'}),
+    'distributed_executor_backend': _choice('executor', EXECUTORS),
+    'adapters': REFUSED,
+    'dp_rank': REFUSED,
+    'num_cpu_blocks': REFUSED,
+    'custom_module_map': REFUSED,
+    'enable_microbatch': REFUSED,
+    'enable_eplb': REFUSED,
+    'role': REFUSED,
+    'logprobs_mode': REFUSED,
+    'migration_backend': HINT,
+    'prefill_interval': HINT,
+    'thread_safe': HINT,
+    'enable_mp_engine': HINT,
+}
+TABLES: dict[type, dict[str, Rule]] = {TurbomindEngineConfig: TURBOMIND, PytorchEngineConfig: PYTORCH}
+
+
+def normalise(public: PublicConfig | None) -> EngineConfig:
+    """The EngineConfig that ``public`` (None: ``TurbomindEngineConfig()``) asks for; pure.
+
+    Raises:
+        ConfigError: a field has an impossible value, or asks for what this version cannot do.
+    """
+    public = TurbomindEngineConfig() if public is None else public
+    table = TABLES.get(type(public))
+    if table is None:
+        raise ConfigError('LMD-220', given=type(public).__name__)
+    chosen: dict[str, Any] = {'runner': 'graph'}
+    for spec in fields(public):
+        value, rule = getattr(public, spec.name), table[spec.name]
+        if rule.set is not None:
+            chosen.update(rule.set(spec.name, value))
+        elif rule.fate in ('refused', 'hint') and value != spec.default:
+            if rule.fate == 'refused':
+                raise ConfigError('LMD-227', field=spec.name, value=value, default=spec.default)
+            get_logger().debug('%s=%r is a hint that changes nothing here', spec.name, value)
+    return EngineConfig(**chosen)
