@@ -1,0 +1,41 @@
+"""LinearBundle: one linear layer's parameters in canonical form, between a checkpoint format and a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lmdeploy.quant.scheme import QuantScheme
+
+
+@dataclass(slots=True)
+class LinearBundle:
+    """The parameters of ``y = x @ W + bias`` with ``W [in, out]``; exactly one of ``weight`` and ``codes`` is set.
+
+    Quantised weights are canonical in the orientation of the maths, so that input channels run along dimension 0:
+    ``W = (codes - zeros) * scales`` with every group of ``scheme.group`` input channels sharing a row of ``zeros`` and
+    ``scales``. Two storages keep the checkpoint's own row order instead, because a copy of the whole model would buy
+    nothing: a dense ``weight`` is ``[out, in]`` (``W = weight.T``), and GGUF blocks are rows of outputs.
+
+    Attributes:
+        weight: dense weight ``[out, in]``, floating point.
+        codes: ``[in, out]`` integer codes, one per element; for a GGUF block type ``[out, row_bytes] uint8``, each row
+            the blocks of one output.
+        scales: ``[groups, out]``; None where dense or where the blocks hold them.
+        zeros: ``[groups, out]`` zero points in units of codes; None where symmetric.
+        bias: ``[out]``.
+        perm: ``[in] int64``: the layer multiplies ``x[..., perm]`` (a format that sorts its input channels).
+        input_transform: name of a transform applied to x before the product (such as a block Hadamard), or ``''``.
+    """
+
+    scheme: QuantScheme
+    out_features: int
+    in_features: int
+    weight: Tensor | None = None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+    perm: Tensor | None = None
+    input_transform: str = ''
