@@ -1,0 +1,307 @@
+"""AsyncFrontend: one request's way from a prompt to text, the same for pipeline and server.
+
+A request is prepared (template, tokens, limits, sampling parameters), submitted to an :class:`EngineClient`, and its
+token deltas become text deltas: detokenised without ever cutting a character, searched for stop texts across token
+borders. Closing the generator aborts the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lmdeploy.engine.plan import Logprobs
+from lmdeploy.engine.request import EngineInput, TokenDelta
+from lmdeploy.engine.sampling import SamplingParams
+from lmdeploy.errors import EngineDead, LmdeployError, RequestError
+from lmdeploy.executor.base import Capacity
+from lmdeploy.frontend import params
+from lmdeploy.frontend.prompts import Prompt
+from lmdeploy.messages import GenerationConfig
+from lmdeploy.tokenizer.detokenize import Detokenizer
+from lmdeploy.tokenizer.stops import StopFilter
+
+MAX_CHARS_PER_TOKEN = 8  # a prompt of more characters than this per token of context is refused unread
+
+
+class EngineClient(Protocol):
+    """A way to the engine: a thread of this process, or another process."""
+
+    def submit(self, request: EngineInput) -> AsyncIterator[TokenDelta]: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What is new in one answer: text and tokens since the last one, counts and outcome so far."""
+
+    text: str
+    token_ids: list[int]
+    input_len: int
+    generated_len: int
+    choice: int = 0
+    finish_reason: str | None = None
+    logprobs: list[dict[int, float]] | None = None
+    logits: Any = None  # [rows, vocab] of the whole request, with the last output
+    hidden: Any = None  # [rows, hidden], the same
+    error: LmdeployError | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready for the engine: its tokens, and parameters for each of its ``n`` answers."""
+
+    tokens: list[int]
+    choices: list[SamplingParams]
+    rules: params.TextRules
+
+
+class AsyncFrontend:
+    """Serves requests over an engine client; usable from any event loop, and from several at once.
+
+    Args:
+        client: the engine.
+        tokenizer: the model's :class:`lmdeploy.tokenizer.Tokenizer`.
+        template: its :class:`lmdeploy.chat.ChatTemplate`.
+        capacity: what the started engine holds.
+        model_len: the context length that the model was made for, for the error text.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Any, template: Any, capacity: Capacity, model_len: int) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.template = template
+        self.capacity = capacity
+        self.model_len = model_len
+        self._ids = itertools.count()
+
+    def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
+                sequence_start: bool = True, tools: list[dict] | None = None,
+                enable_thinking: bool | None = None) -> Prepared:
+        """Template, tokens, limits, parameters.
+
+        Raises:
+            RequestError: the prompt or a parameter cannot be served (LMD-301 and following).
+        """
+        params.check(gen, self.capacity.vocab_size)
+        tokens = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking)
+        if not tokens:
+            raise RequestError('LMD-302')
+        session_len = self.capacity.session_len
+        if len(tokens) >= session_len:
+            parts = f'{len(prompt.messages)} messages' if prompt.messages else '1 prompt'
+            raise RequestError('LMD-301', prompt_len=len(tokens), session_len=session_len, parts=parts,
+                               model_len=self.model_len)
+        stops = self.template.stop_words if do_preprocess or prompt.messages else ()
+        choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len)
+        return Prepared(tokens, choices, rules)
+
+    def _tokens(self, prompt: Prompt, do_preprocess: bool, sequence_start: bool, tools: list[dict] | None,
+                enable_thinking: bool | None) -> list[int]:
+        if prompt.token_ids is not None:
+            for token in prompt.token_ids:
+                if not 0 <= token < self.capacity.vocab_size:
+                    raise RequestError('LMD-305', token=token, vocab_size=self.capacity.vocab_size)
+            return list(prompt.token_ids)
+        self._refuse_huge(prompt)
+        if prompt.text is not None and not do_preprocess:
+            # a raw prompt is the operator's own text: control tokens in it act
+            return self.tokenizer.encode(prompt.text, add_bos=sequence_start)
+        messages = prompt.messages if prompt.messages is not None else [{'role': 'user', 'content': prompt.text}]
+        segments = self.template.render(messages, sequence_start=sequence_start, tools=tools,
+                                        enable_thinking=enable_thinking)
+        return self.tokenizer.encode_segments(segments, add_bos=sequence_start and self.template.add_bos)
+
+    def _refuse_huge(self, prompt: Prompt) -> None:
+        texts = [prompt.text] if prompt.text is not None else [m.get('content') for m in prompt.messages or ()]
+        chars = sum(len(text) for text in texts if isinstance(text, str))
+        if chars > MAX_CHARS_PER_TOKEN * self.capacity.session_len:
+            raise RequestError('LMD-307', chars=chars, session_len=self.capacity.session_len)
+
+    async def generate(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
+                       sequence_start: bool = True, tools: list[dict] | None = None,
+                       enable_thinking: bool | None = None, salt: bytes = b'') -> AsyncIterator[RequestOutput]:
+        """Serve one request; with ``n > 1`` the outputs of its answers come interleaved, told apart by ``choice``.
+
+        A failure of the request is an output with ``finish_reason='error'``, not an exception.
+        """
+        try:
+            prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, sequence_start=sequence_start,
+                                    tools=tools, enable_thinking=enable_thinking)
+        except LmdeployError as error:
+            for choice in range(gen.n if isinstance(gen.n, int) else 1):
+                yield RequestOutput('', [], 0, 0, choice, 'error', error=error)
+            return
+        group = f'r{next(self._ids)}'
+        share = group if len(prepared.choices) > 1 else None
+        inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, share=share)
+                  for i, choice in enumerate(prepared.choices)]
+        streams = [self._answer(request, prepared.rules, i) for i, request in enumerate(inputs)]
+        merged = streams[0] if len(streams) == 1 else merge(streams)
+        async with aclosing(merged):
+            async for output in merged:
+                yield output
+
+    async def _answer(self, request: EngineInput, rules: params.TextRules, choice: int) -> AsyncIterator[RequestOutput]:
+        text = AnswerText(Detokenizer(self.tokenizer, rules.skip_special_tokens, rules.spaces_between_special_tokens),
+                          StopFilter(rules.stops, rules.include_stop))
+        prompt_len, want_logprobs = len(request.tokens), request.params.logprobs >= 0
+        logits: list[Any] = []
+        hidden: list[Any] = []
+        generated = cached = 0
+        stream = self.client.submit(request)
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    cached = max(cached, delta.cached_tokens)
+                    if delta.logits is not None:
+                        logits.append(delta.logits)
+                    if delta.hidden is not None:
+                        hidden.append(delta.hidden)
+                    piece = text.push(delta.tokens, _token_logprobs(delta) if want_logprobs else None)
+                    finish = delta.finish
+                    reason = 'stop' if text.stopped else finish.reason if finish else None
+                    if finish is not None and not text.stopped:
+                        piece.extend(text.flush())
+                    generated += len(piece.token_ids)
+                    if not (piece.text or piece.token_ids or reason):
+                        continue
+                    last = reason is not None
+                    yield RequestOutput(
+                        piece.text, piece.token_ids, prompt_len, generated, choice, reason,
+                        logprobs=piece.logprobs if want_logprobs else None,
+                        logits=_concat(logits) if last else None, hidden=_concat(hidden) if last else None,
+                        error=finish.error if finish else None, cached_tokens=cached)
+                    if last:
+                        return
+        except (RequestError, EngineDead) as error:
+            yield RequestOutput('', [], prompt_len, generated, choice, 'error', error=error, cached_tokens=cached)
+
+
+@dataclass(slots=True)
+class Piece:
+    """Text that may be shown now, and the tokens whose text it completes."""
+
+    text: str = ''
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+
+    def extend(self, other: Piece) -> None:
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.logprobs += other.logprobs
+
+
+class AnswerText:
+    """Turns an answer's tokens into text that never contains, nor ever takes back, a part of a stop text.
+
+    Tokens are released together with their text: a token counts as part of the answer when some of its text does, so
+    that text, token ids and log-probabilities are always cut at the same place.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopFilter) -> None:
+        self.detokenizer, self.stops = detokenizer, stops
+        self.stopped: str | None = None
+        self._seen = 0  # characters detokenised
+        self._shown = 0  # characters released
+        self._held: deque[tuple[int, int, int, dict[int, float]]] = deque()  # (start, end, token, logprobs)
+
+    def push(self, tokens: list[int], logprobs: list[dict[int, float]] | None = None) -> Piece:
+        """Take new tokens; :attr:`stopped` is the stop text if one was met."""
+        piece = Piece()
+        for i, token in enumerate(tokens):
+            if self.stopped is not None:
+                break
+            piece.extend(self._text(self.detokenizer.push([token]), token, logprobs[i] if logprobs else {}))
+        return piece
+
+    def flush(self) -> Piece:
+        """The answer ended otherwise: release what was held back."""
+        piece = self._text(self.detokenizer.flush(), None, {})
+        if self.stopped is None:
+            rest = self.stops.flush()
+            self._shown += len(rest)
+            piece.text += rest
+            self._release(piece, everything=True)
+        return piece
+
+    def _text(self, new: str, token: int | None, logprobs: dict[int, float]) -> Piece:
+        start, self._seen = self._seen, self._seen + len(new)
+        if token is not None:
+            self._held.append((start, self._seen, token, logprobs))
+        shown, self.stopped = self.stops.push(new) if new else ('', None)
+        self._shown += len(shown)
+        piece = Piece(shown)
+        self._release(piece, everything=False)
+        return piece
+
+    def _release(self, piece: Piece, *, everything: bool) -> None:
+        while self._held:
+            start, end, token, logprobs = self._held[0]
+            # after a stop text, a token of which a part was shown belongs to the answer
+            if not (everything or end <= self._shown or (self.stopped is not None and start < self._shown)):
+                break
+            self._held.popleft()
+            piece.token_ids.append(token)
+            piece.logprobs.append(logprobs)
+
+
+def _token_logprobs(delta: TokenDelta) -> list[dict[int, float]]:
+    """Per token ``{id: log-probability}``: the sampled token first, then the best in order."""
+    got: Logprobs | None = delta.logprobs
+    if got is None:
+        return [{} for _ in delta.tokens]
+    return [{token: float(got.chosen[i])} | {int(t): float(v) for t, v in zip(got.ids[i], got.values[i]) if t != token}
+            for i, token in enumerate(delta.tokens)]
+
+
+def _concat(pieces: list[Any]) -> Any:
+    if len(pieces) <= 1:
+        return pieces[0] if pieces else None
+    import torch
+
+    return torch.cat(pieces)
+
+
+async def merge(streams: list[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+    """Interleave streams in the order in which items arrive; closing the result closes all of them."""
+    queue: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
+
+    async def pump(stream: AsyncIterator[Any]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((item, None, False))
+        except BaseException as error:
+            queue.put_nowait((None, error, True))
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        else:
+            queue.put_nowait((None, None, True))
+
+    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            item, error, ended = await queue.get()
+            if error is not None:
+                raise error
+            if ended:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
