@@ -19,7 +19,7 @@ class DenseFormat:
         return 'weight' in tensors
 
     def load(self, prefix: Prefix, dtype: torch.dtype) -> LinearBundle:
-        weight = prefix.get('weight', ndim=2, dtype=dtype)
+        weight = prefix.get('weight', (None, None), dtype)
         out_features, in_features = weight.shape
         bias = prefix.get('bias', (out_features,), dtype) if prefix.has('bias') else None
         scheme = dense_scheme(weight.element_size() * 8)
