@@ -233,19 +233,7 @@ class Pipeline:
                 yield response
 
     async def _cross_entropies(self, sequences: list[list[int]]) -> list[float]:
-        return [await self._cross_entropy(ids) for ids in sequences]
-
-    async def _cross_entropy(self, ids: list[int]) -> float:
-        import torch
-
-        config = GenerationConfig(max_new_tokens=0, output_logits='all')
-        async for output in self.frontend.generate(Prompt(token_ids=ids), config):
-            if output.error is not None:
-                raise output.error
-            if output.logits is not None:
-                targets = torch.tensor(ids[1:])
-                return float(torch.nn.functional.cross_entropy(output.logits[:len(ids) - 1], targets))
-        raise RequestError('LMD-315')
+        return [await self.frontend.cross_entropy(ids) for ids in sequences]
 
 
 def _release(loop: LoopThread, stop: Callable[[], None]) -> None:

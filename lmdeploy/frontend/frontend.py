@@ -153,6 +153,29 @@ class AsyncFrontend:
             async for output in merged:
                 yield output
 
+    async def cross_entropy(self, token_ids: list[int]) -> float:
+        """The mean cross-entropy, in nats, of the tokens after the first; summed up chunk by chunk.
+
+        Raises:
+            RequestError: too long for the context, or a token that is none.
+        """
+        import torch
+
+        tokens = self.prepare(Prompt(token_ids=token_ids), GenerationConfig(max_new_tokens=0)).tokens
+        request = EngineInput(id=f'r{next(self._ids)}.ppl', tokens=tokens,
+                              params=SamplingParams(max_new_tokens=0, output_logits='all'))
+        total, done = 0.0, 0
+        async with aclosing(self.client.submit(request)) as stream:
+            async for delta in stream:
+                if delta.logits is not None:
+                    rows = delta.logits[:len(tokens) - 1 - done]
+                    targets = torch.tensor(tokens[done + 1:done + 1 + len(rows)], dtype=torch.long)
+                    total += float(torch.nn.functional.cross_entropy(rows, targets, reduction='sum'))
+                    done += len(delta.logits)
+                if delta.finish is not None and delta.finish.error is not None:
+                    raise delta.finish.error
+        return total / (len(tokens) - 1)
+
     async def _answer(self, request: EngineInput, rules: params.TextRules, choice: int) -> AsyncIterator[RequestOutput]:
         text = AnswerText(Detokenizer(self.tokenizer, rules.skip_special_tokens, rules.spaces_between_special_tokens),
                           StopFilter(rules.stops, rules.include_stop))
