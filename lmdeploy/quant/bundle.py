@@ -39,3 +39,10 @@ class LinearBundle:
     bias: Tensor | None = None
     perm: Tensor | None = None
     input_transform: str = ''
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor that is set: ``weight`` or ``codes``."""
+        tensor = self.codes if self.weight is None else self.weight
+        assert tensor is not None
+        return tensor

@@ -28,8 +28,9 @@ class ByteFile:
         self._lock = threading.Lock()
         try:
             if not path.is_file():  # a pipe or a device would block or have no size
-                raise LoadError('LMD-139', file=path, reason='it is not a regular file')
-            self._file = open(path, 'rb', buffering=0)  # noqa: SIM115: closed by close()
+                reason = 'it is not a regular file' if os.path.lexists(path) else 'it does not exist'
+                raise LoadError('LMD-139', file=path, reason=reason)
+            self._file = open(path, 'rb', buffering=0)  # closed by close()
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise LoadError('LMD-139', file=path, reason=error.strerror or str(error)) from None

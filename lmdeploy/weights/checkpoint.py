@@ -276,9 +276,7 @@ def _gguf_tensor(
         if heads < 1 or record.shape[0] % (2 * heads):
             raise LoadError('LMD-138', file=file.path, key='attention.head_count', reason=f'does not fit {record.name}')
     shift = arch.norm_shift if record.name.endswith('norm.weight') else 0.0
-    return StoredTensor(
-        file, record.name, record.dtype_name, record.shape, record.offset, record.nbytes, heads, shift
-    )
+    return StoredTensor(file, record.name, record.dtype_name, record.shape, record.offset, record.nbytes, heads, shift)
 
 
 def _index_children(names: Iterable[str]) -> dict[str, set[str]]:
@@ -305,7 +303,7 @@ def _read_bytes(stored: StoredTensor, offset: int, count: int) -> Tensor:
     """``count`` bytes from ``offset`` within the tensor: ``[count] uint8`` with memory of its own."""
     buffer = torch.empty(count, dtype=torch.uint8)
     if count:
-        stored.file.read_into(stored.offset + offset, memoryview(buffer.numpy()))
+        stored.file.read_into(stored.offset + offset, buffer.numpy().data)
     return buffer
 
 

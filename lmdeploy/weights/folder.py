@@ -6,6 +6,7 @@ Only JSON and safetensors are ever opened. Python files, pickles and anything el
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,15 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
 
 
 def check_inside(path: Path) -> None:
-    """Refuse a file that is a link out of its folder. Links within one Hugging Face cache entry are how it stores files.
+    """Refuse a link out of the folder. (Links within one entry are how the Hugging Face cache stores files.)
 
     Raises:
         LoadError: LMD-128.
     """
     folder = path.parent.resolve()
-    root = folder.parents[1] if folder.parent.name == 'snapshots' else folder
+    root = folder
+    if folder.parent.name == 'snapshots' and (folder.parents[1] / 'blobs').is_dir():
+        root = folder.parents[1]
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
@@ -87,7 +90,10 @@ def _open_one(path: Path) -> tuple[ByteFile, dict[str, TensorEntry]]:
 
 
 def _no_weights(folder: Path) -> LoadError:
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return LoadError('LMD-139', file=folder, reason=error.strerror or str(error))
     shards = [name for name in names if name.endswith('.safetensors')]
     if shards:
         return LoadError('LMD-120', path=folder, reason=f'{shards[0]} is there, but neither {SINGLE} nor {INDEX}')
@@ -104,9 +110,10 @@ def _open_sharded(folder: Path) -> list[tuple[ByteFile, dict[str, TensorEntry]]]
     index = folder / INDEX
     weight_map, total_size = _read_index(index)
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [shard for shard in shards if not os.path.exists(folder / shard)]
     if missing:
-        raise LoadError('LMD-127', index=index, count=len(missing), total=len(shards), files=', '.join(missing[:MAX_LISTED]))
+        listed = ', '.join(missing[:MAX_LISTED])
+        raise LoadError('LMD-127', index=index, count=len(missing), total=len(shards), files=listed)
     opened: list[tuple[ByteFile, dict[str, TensorEntry]]] = []
     try:
         for shard in shards:
@@ -120,7 +127,7 @@ def _open_sharded(folder: Path) -> list[tuple[ByteFile, dict[str, TensorEntry]]]
     return opened
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
+def _read_index(path: Path) -> tuple[dict[str, str], float | None]:
     content = read_json(path)
     weight_map, metadata = content.get('weight_map'), content.get('metadata') or {}
     if not isinstance(weight_map, dict) or not weight_map:
@@ -130,8 +137,8 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
             raise LoadError('LMD-126', file=path, reason=f'the file of {name[:200]!r} is not a name')
-        if '/' in shard or '\\' in shard or '\0' in shard or shard in ('.', '..') or len(shard) > 255:
-            raise LoadError('LMD-128', file=shard[:200], reason=f'{INDEX} must name plain files without folders')
+        if '/' in shard or '\\' in shard or not shard.isprintable() or len(shard.encode()) > 255:
+            raise LoadError('LMD-128', file=repr(shard[:200]), reason=f'{INDEX} must name plain files without folders')
         if not shard.endswith('.safetensors'):
             raise LoadError('LMD-128', file=shard, reason=f'{INDEX} names it, and it is not a safetensors file')
     total_size = metadata.get('total_size')
@@ -141,7 +148,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
 
 
 def _check_index(
-    index: Path, weight_map: dict[str, str], total_size: int | None, shards: dict[str, dict[str, TensorEntry]]
+    index: Path, weight_map: dict[str, str], total_size: float | None, shards: dict[str, dict[str, TensorEntry]]
 ) -> None:
     """Every tensor lies in the one shard that the index says, and all sizes add up."""
 

@@ -143,7 +143,8 @@ class GGUFHeader:
         dims = [cursor.unpack('Q') for _ in range(ndim)]
         type_id, offset = cursor.unpack('I'), cursor.unpack('Q')
         if type_id not in TYPES:
-            raise LoadError('LMD-131', tensor=name, file=cursor.path, found=f'number {type_id}', known=supported_types())
+            found = f'number {type_id}'
+            raise LoadError('LMD-131', tensor=name, file=cursor.path, found=found, known=supported_types())
         dtype_name, block, nbytes = TYPES[type_id]
         if min(dims) < 1 or max(dims) >= 1 << 48 or dims[0] % block:
             raise cursor.corrupt(f'tensor {name!r} of type {dtype_name} has dimensions {dims}')
@@ -204,7 +205,10 @@ class _Cursor:
         raw = self.string()
         if not 1 <= len(raw) <= MAX_NAME:
             raise self.corrupt(f'a {what} has {len(raw)} bytes')
-        return self._text(raw, what)
+        name = self._text(raw, what)
+        if not name.isprintable():
+            raise self.corrupt(f'the {what} {name[:200]!r} is not printable')
+        return name
 
     def value(self, kind: int, key: str) -> Any:
         if kind == STRING:

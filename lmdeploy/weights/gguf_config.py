@@ -19,7 +19,7 @@ class GGUFConfig:
     """Reads one file's metadata, every value checked for its type.
 
     Raises:
-        LoadError: LMD-137 for an architecture that is not known, LMD-138 for a value that is missing or of another type.
+        LoadError: LMD-137 unknown architecture, LMD-138 a value that is missing, of another type or impossible.
     """
 
     def __init__(self, header: GGUFHeader, file: ByteFile) -> None:
@@ -28,7 +28,7 @@ class GGUFConfig:
         self._tensors = {record.name: record for record in header.tensors}
         self.name = header.get('general.architecture')
         if not isinstance(self.name, str) or self.name not in ARCHITECTURES:
-            raise LoadError('LMD-137', file=file.path, found=self.name, known=', '.join(ARCHITECTURES))
+            raise LoadError('LMD-137', file=file.path, found=str(self.name)[:80], known=', '.join(ARCHITECTURES))
         self.arch: GGUFArchitecture = ARCHITECTURES[self.name]
         if self._optional('split.count', int, 1, scoped=False) > 1:
             raise self._bad('split.count', 'says that the model is split over several files; join them with '
@@ -100,16 +100,18 @@ class GGUFConfig:
         value = self._header.get(f'{self.name}.{key}', default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if type(value) is not int:
-            raise self._bad(f'{self.name}.{key}', f'is {value!r:.80}, not one integer for all layers')
+        if type(value) is not int or value < 1:
+            raise self._bad(f'{self.name}.{key}', f'is {value!r:.80}, not one positive integer for all layers')
         return value
 
     def _float(self, key: str, default: float | None = None) -> float:
         value = self._required(key, float) if default is None else self._optional(key, float, default)
+        if not 0.0 < value < math.inf:  # NaN fails too
+            raise self._bad(f'{self.name}.{key}', f'is {value}, not a positive number')
         return shortest_float32(value)
 
     def _default_head_dim(self, hidden: int, heads: int) -> int:
-        if heads < 1 or hidden % heads:
+        if hidden % heads:
             raise self._bad(f'{self.name}.attention.head_count', f'is {heads}, which does not divide {hidden}')
         return hidden // heads
 
@@ -123,7 +125,7 @@ class GGUFConfig:
         return record.shape[0]
 
     def _dtype_name(self) -> str:
-        """float32 or float16 if that is how most of the file is stored, else bfloat16 (the range of quantised models)."""
+        """float32 or float16 if most of the file is stored so, else bfloat16, whose range any model fits."""
         sizes: dict[str, int] = {}
         for record in self._tensors.values():
             sizes[record.dtype_name] = sizes.get(record.dtype_name, 0) + record.nbytes
@@ -133,13 +135,17 @@ class GGUFConfig:
     def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
         factors = self._tensors.get(ROPE_FACTORS)
         if factors is not None:
-            return llama3_scaling(self._read_floats(factors), config['rope_theta'], config['head_dim'])
+            if factors.shape != (config['head_dim'] // 2,):
+                raise self._bad(ROPE_FACTORS, f'has the shape {factors.shape} for heads of size {config["head_dim"]}')
+            return llama3_scaling(self._read_floats(factors), config['rope_theta'])
         kind = self._optional('rope.scaling.type', str, 'none')
         factor = self._optional('rope.scaling.factor', float, self._optional('rope.scale_linear', float, 0.0))
         if kind == 'none' and factor not in (0.0, 1.0):
             kind = 'linear'  # files that predate the type key
         if kind == 'none' or (kind == 'linear' and factor in (0.0, 1.0)):
             return None
+        if not 0.0 < factor < math.inf:
+            raise self._bad(f'{self.name}.rope.scaling.factor', f'is {factor}, not a positive number')
         scaling: dict[str, Any] = {'rope_type': kind, 'factor': shortest_float32(factor)}
         original = self._optional('rope.scaling.original_context_length', int, 0)
         if original:
@@ -156,7 +162,10 @@ class GGUFConfig:
     def _read_floats(self, record: TensorRecord) -> list[float]:
         if record.dtype_name != 'F32' or len(record.shape) != 1 or record.nbytes > 1 << 16:
             raise self._bad(record.name, f'is of type {record.dtype_name} and shape {record.shape}')
-        return list(struct.unpack(f'<{record.shape[0]}f', self._file.read(record.offset, record.nbytes)))
+        values = struct.unpack(f'<{record.shape[0]}f', self._file.read(record.offset, record.nbytes))
+        if not all(0.0 < value < math.inf for value in values):
+            raise self._bad(record.name, 'has values that are not positive numbers')
+        return list(values)
 
     def _add_gemma3(self, config: dict[str, Any]) -> None:
         layers, heads = config['num_hidden_layers'], config['num_attention_heads']
@@ -186,14 +195,14 @@ def shortest_float32(value: float) -> float:
     return value
 
 
-def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
+def llama3_scaling(factors: list[float], theta: float) -> dict[str, Any]:
     """The ``llama3`` rope parameters whose frequency divisors ``[head_dim / 2]`` these are.
 
     Files keep the divisors only. They are 1 for short wavelengths, the scaling factor for long ones and blend in
     between; which wavelengths those are follows from the original context length. Divisors that no known length
     explains are handed on as the rope type ``'frequency_factors'``.
     """
-    factor = max(factors, default=1.0)
+    factor = max(factors)
     for original in (8192, 4096, 16384, 32768, 2048):
         scaling = {
             'rope_type': 'llama3',
@@ -202,17 +211,17 @@ def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[st
             'high_freq_factor': 4.0,
             'original_max_position_embeddings': original,
         }
-        wanted = _llama3_divisors(scaling, theta, head_dim)
-        if len(wanted) == len(factors) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, factors)):
+        wanted = _llama3_divisors(scaling, theta, len(factors))
+        if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, factors)):
             return scaling
     return {'rope_type': 'frequency_factors', 'factors': factors}
 
 
-def _llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> list[float]:
+def _llama3_divisors(scaling: dict[str, Any], theta: float, count: int) -> list[float]:
     low, high, factor = scaling['low_freq_factor'], scaling['high_freq_factor'], scaling['factor']
     divisors = []
-    for i in range(0, head_dim, 2):
-        turns = scaling['original_max_position_embeddings'] / (2 * math.pi * theta ** (i / head_dim))
+    for i in range(count):
+        turns = scaling['original_max_position_embeddings'] / (2 * math.pi * theta ** (i / count))
         blend = min(max((turns - low) / (high - low), 0.0), 1.0)
         divisors.append(1.0 / ((1.0 - blend) / factor + blend))
     return divisors

@@ -48,7 +48,9 @@ def read_header(file: ByteFile) -> dict[str, TensorEntry]:
     if base > file.size:
         raise LoadError('LMD-123', file=file.path, size=file.size, needed=base)
     header = _parse(file.read(8, length), file)
-    header.pop('__metadata__', None)
+    metadata = header.pop('__metadata__', {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise LoadError('LMD-124', file=file.path, reason='its __metadata__ is not an object of strings')
     entries = {name: _entry(name, value, base, file) for name, value in header.items()}
     _check_cover(entries, base, file)
     return entries
@@ -59,10 +61,13 @@ def _parse(text: bytes, file: ByteFile) -> dict[str, Any]:
         return LoadError('LMD-124', file=file.path, reason=reason)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise LoadError('LMD-135', tensor=next(n for n in names if names.count(n) > 1), file=file.path)
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                if isinstance(value, dict):
+                    raise LoadError('LMD-135', tensor=name[:200], file=file.path)
+                raise corrupt(f'{name[:200]!r} appears twice in one object')
+            result[name] = value
         return result
 
     def refuse(number: str) -> None:
@@ -88,8 +93,8 @@ def _entry(name: str, value: Any, base: int, file: ByteFile) -> TensorEntry:
     def bad(reason: str) -> LoadError:
         return LoadError('LMD-125', tensor=name[:200], file=file.path, reason=reason)
 
-    if not 1 <= len(name) <= MAX_NAME:
-        raise bad(f'its name has {len(name)} characters')
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        raise bad(f'its name is not one of 1 to {MAX_NAME} printable characters')
     if not isinstance(value, dict) or value.keys() != {'dtype', 'shape', 'data_offsets'}:
         raise bad('it needs exactly dtype, shape and data_offsets')
     dtype, shape, offsets = value['dtype'], value['shape'], value['data_offsets']

@@ -26,10 +26,10 @@ class DenseFormat:
         return LinearBundle(scheme, out_features, in_features, weight=weight, bias=bias)
 
     def save(self, bundle: LinearBundle) -> dict[str, Tensor]:
-        tensors = {'weight': bundle.weight}
+        tensors = {'weight': bundle.stored}
         if bundle.bias is not None:
             tensors['bias'] = bundle.bias
         return tensors
 
     def dequant(self, bundle: LinearBundle) -> Tensor:
-        return bundle.weight
+        return bundle.stored
