@@ -1,0 +1,62 @@
+"""Conversation: what was said so far in the terminal, and asking for the next answer.
+
+It stands on the frontend rather than on ``Pipeline.chat``, because the frontend hands over an error as an object, which
+can be told in either language, and takes a system prompt that changes between turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lmdeploy.frontend.bridge import LoopThread
+from lmdeploy.frontend.frontend import AsyncFrontend, RequestOutput
+from lmdeploy.frontend.prompts import Prompt
+from lmdeploy.messages import GenerationConfig
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Asks questions of a model; each finished turn becomes part of the next prompt.
+
+    Attributes:
+        frontend: the model, as text.
+        gen: how answers are generated; may be replaced between turns.
+        system: the system prompt; None leaves it to the template.
+        turns: user and assistant messages, alternating.
+    """
+
+    frontend: AsyncFrontend
+    gen: GenerationConfig
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+    loop: LoopThread = field(default_factory=LoopThread)
+
+    def ask(self, question: str) -> Iterator[RequestOutput]:
+        """The pieces of the answer.
+
+        Closing the iterator, or an interrupt, stops the answer; what was said until then is remembered. A turn that
+        failed is not.
+        """
+        system = [{'role': 'system', 'content': self.system}] if self.system is not None else []
+        turn = {'role': 'user', 'content': question}
+        prompt = Prompt(messages=[*system, *self.turns, turn])
+        pieces = self.loop.iterate(self.frontend.generate(prompt, self.gen))
+        answer, failed = '', False
+        try:
+            for piece in pieces:
+                answer += piece.text
+                failed = piece.finish_reason == 'error'
+                yield piece
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
+            if answer and not failed:
+                self.turns += [turn, {'role': 'assistant', 'content': answer}]
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt and the settings stay."""
+        self.turns.clear()
+
+    def close(self) -> None:
+        """Stop the loop thread."""
+        self.loop.close()
