@@ -1,0 +1,222 @@
+"""FakeExecutor: a model whose next token is a hash of the sequence that it really reads.
+
+Token ids are written into a cache through block tables and read back through them, as a real model does with keys and
+values. A block that is stale, shared by mistake, or given away too early changes every token that follows; and since
+the hash is known, any request's answer can be computed alone by :func:`continuation`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmdeploy.engine.plan import (DEAD_MASK, NON_FINITE, OK, OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan, StepResult)
+from lmdeploy.engine.request import Request
+from lmdeploy.engine.sampling import SamplingParams
+from lmdeploy.executor.base import Capacity
+
+EMPTY = -2  # what the cache holds where nothing was written
+
+
+def score(sequence: np.ndarray) -> int:
+    """A number that depends on every id of ``sequence [n] int32`` and on their order."""
+    return zlib.crc32(sequence.tobytes())
+
+
+def next_token(sequence: np.ndarray, vocab_size: int, mask: np.ndarray | None = None) -> int:
+    """The token after ``sequence``: its score, moved up to the next token that ``mask`` allows (-1: none)."""
+    token = score(sequence) % vocab_size
+    if mask is None:
+        return token
+    for step in range(vocab_size):
+        candidate = (token + step) % vocab_size
+        if mask[candidate // 32] >> (candidate % 32) & 1:
+            return candidate
+    return -1
+
+
+def continuation(prompt: Sequence[int], params: SamplingParams, vocab_size: int, session_len: int) -> tuple[list[int], str]:
+    """What a request alone generates, by the plainest loop, and its finish reason."""
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + params.max_new_tokens, session_len):
+        token = next_token(np.array(tokens, np.int32), vocab_size)
+        if token in params.stop_ids:
+            return tokens[len(prompt):], 'stop'
+        tokens.append(token)
+    return tokens[len(prompt):], 'length'
+
+
+class GuessingDrafter:
+    """Proposes up to ``most`` tokens, each of them right with probability ``accuracy``."""
+
+    def __init__(self, vocab_size: int, *, most: int = 3, accuracy: float = 0.7, seed: int = 0) -> None:
+        self.vocab_size, self.most, self.accuracy = vocab_size, most, accuracy
+        self._random = np.random.default_rng(seed)
+
+    def propose(self, request: Request, most: int) -> list[int]:
+        """Draft tokens for ``request``."""
+        tokens = list(request.tokens)
+        drafts: list[int] = []
+        for _ in range(min(most, self.most)):
+            token = next_token(np.array(tokens, np.int32), self.vocab_size)
+            if self._random.random() >= self.accuracy:
+                token = (token + 1) % self.vocab_size
+            drafts.append(token)
+            tokens.append(token)
+        return drafts
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A slot of the runner: its block table and the last token that was drawn in it."""
+
+    params: SamplingParams
+    table: list[int] = field(default_factory=list)
+    last_token: int = EMPTY
+
+
+class FakeHandle:
+    """A launched step whose result is computed when it is launched, or only when it is asked for."""
+
+    def __init__(self, compute: Callable[[], StepResult]) -> None:
+        self._compute: Callable[[], StepResult] | None = compute
+        self._result: StepResult | None = None
+
+    def compute(self) -> None:
+        """Run the step; once."""
+        if self._compute is not None:
+            compute, self._compute = self._compute, None
+            self._result = compute()
+
+    def result(self) -> StepResult:
+        """The step's result."""
+        self.compute()
+        assert self._result is not None
+        return self._result
+
+
+class FakeExecutor:
+    """Runs plans on a cache of token ids, checking what a real device would silently accept.
+
+    Args:
+        capacity: what :meth:`start` returns.
+        poisoned: sequences that give logits that are not finite.
+        fail_at: the step whose launch raises.
+        delayed: compute a step when its result is asked for or the next one is launched, not at its launch.
+    """
+
+    def __init__(self, capacity: Capacity, *, poisoned: Callable[[np.ndarray], bool] | None = None,
+                 fail_at: int | None = None, delayed: bool = False) -> None:
+        self.capacity = capacity
+        self.poisoned = poisoned
+        self.fail_at = fail_at
+        self.delayed = delayed
+        self.cache = np.full((capacity.num_blocks + 1, capacity.block_size), EMPTY, np.int32)
+        self.slots: dict[int, _Slot] = {}
+        self.computed_tokens = 0
+        self._steps: list[FakeHandle] = []
+
+    def start(self) -> Capacity:
+        """Nothing to load."""
+        return self.capacity
+
+    def launch(self, plan: StepPlan) -> FakeHandle:
+        """Take a step in; see ``delayed``."""
+        if plan.step == self.fail_at:
+            raise RuntimeError(f'device error in step {plan.step}')
+        for step in self._steps:
+            step.compute()
+        handle = FakeHandle(lambda: self._run(plan))
+        self._steps = [handle]
+        if not self.delayed:
+            handle.compute()
+        return handle
+
+    def call(self, name: str, *args: object) -> list[object]:
+        """There are no workers."""
+        return []
+
+    def stop(self) -> None:
+        """Forget everything."""
+        self.slots.clear()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        for slot in plan.closed:
+            del self.slots[slot]
+        for opened in plan.opened:
+            assert opened.slot not in self.slots, 'a slot is opened while it is open'
+            self.slots[opened.slot] = _Slot(opened.params)
+        assert plan.num_tokens <= self.capacity.max_step_tokens, 'the token budget is exceeded'
+        assert plan.rows <= self.capacity.max_batch_size, 'too many rows'
+        assert len(set(plan.slots.tolist())) == plan.rows, 'two rows for one slot'
+        for row in range(plan.rows):
+            self._write(plan, row)
+        masks = {} if plan.mask_rows is None else dict(zip(plan.mask_rows.tolist(), plan.masks))
+        result = StepResult(plan.step, np.zeros(plan.rows, np.uint8), np.zeros(plan.rows + 1, np.int32),
+                            np.zeros(0, np.int32))
+        tokens: list[int] = []
+        for row in range(plan.rows):
+            tokens += self._read(plan, row, masks.get(row), result)
+            result.token_start[row + 1] = len(tokens)
+        result.tokens = np.array(tokens, np.int32)
+        self.computed_tokens += plan.num_tokens
+        return result
+
+    def _write(self, plan: StepPlan, row: int) -> None:
+        slot = self.slots[int(plan.slots[row])]
+        slot.table += plan.blocks[plan.block_start[row]:plan.block_start[row + 1]].tolist()
+        ids = plan.tokens[plan.query_start[row]:plan.query_start[row + 1]].copy()
+        if ids[0] == PENDING:
+            assert slot.last_token != EMPTY, 'a row continues a token that was never drawn'
+            ids[0] = slot.last_token
+        assert (ids >= 0).all(), 'only the first token of a row may be unknown'
+        start, size = int(plan.starts[row]), self.capacity.block_size
+        positions = np.arange(start, start + len(ids))
+        assert positions[-1] < self.capacity.session_len, 'a position beyond the context'
+        blocks = np.array(slot.table, np.int32)[positions // size]
+        assert (blocks > 0).all(), 'the null block is written'
+        self.cache[blocks, positions % size] = ids
+
+    def _read(self, plan: StepPlan, row: int, mask: np.ndarray | None, result: StepResult) -> list[int]:
+        slot = self.slots[int(plan.slots[row])]
+        start, size = int(plan.starts[row]), self.capacity.block_size
+        length = int(plan.query_start[row + 1] - plan.query_start[row])
+        stop = start + length
+        sequence = self.cache[slot.table[:-(-stop // size)]].reshape(-1)[:stop]
+        outputs, drafts = int(plan.outputs[row]), int(plan.drafts[row])
+        assert outputs != OUTPUT_NONE or not plan.sample[row], 'a row draws without logits'
+        if outputs == OUTPUT_NONE:
+            return []
+        first = start if outputs == OUTPUT_ALL else stop - 1
+        scores = None
+        if slot.params.output_logits or slot.params.output_hidden:
+            scores = np.array([[score(sequence[:end + 1])] for end in range(first, stop)], np.float64)
+        if slot.params.output_logits:
+            result.logits[row] = scores
+        if slot.params.output_hidden:
+            result.hidden[row] = scores
+        if not plan.sample[row]:
+            return []
+        return self._draw(sequence, row, drafts, mask, slot, result)
+
+    def _draw(self, sequence: np.ndarray, row: int, drafts: int, mask: np.ndarray | None, slot: _Slot,
+              result: StepResult) -> list[int]:
+        accepted: list[int] = []
+        for end in range(len(sequence) - drafts, len(sequence) + 1):
+            seen = sequence[:end]
+            if self.poisoned is not None and self.poisoned(seen):
+                result.status[row] = NON_FINITE
+                return []
+            token = next_token(seen, self.capacity.vocab_size, mask)
+            if token < 0:
+                result.status[row] = DEAD_MASK
+                return []
+            accepted.append(token)
+            if end < len(sequence) and token != sequence[end]:
+                break
+        assert result.status[row] == OK
+        slot.last_token = accepted[-1]
+        return accepted

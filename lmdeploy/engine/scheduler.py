@@ -1,0 +1,513 @@
+"""Scheduler: which tokens run next, in which blocks, and what a finished step means.
+
+One rule: computed tokens catch up with known tokens. There is no prefill phase; a step mixes prompt chunks and decodes
+under one token budget, running requests first, then waiting ones. The four rules that keep several launched steps
+right:
+
+1. Tokens that the host does not know yet are counted (``pending``), not waited for.
+2. :meth:`Scheduler.finish` is the only exit; it returns blocks and slot when no launched step touches the request.
+3. Only a request without launched steps is preempted, and nobody is admitted in a turn that preempted.
+4. A block is published when its step retires and all its tokens are known; a match leaves at least one token to
+   compute; a match that then gets no blocks is undone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+
+import numpy as np
+
+from lmdeploy.engine.block_pool import BlockPool, root_key
+from lmdeploy.engine.columns import Columns, build
+from lmdeploy.engine.groups import Group, Groups
+from lmdeploy.engine.invariants import check
+from lmdeploy.engine.metrics import Counters
+from lmdeploy.engine.outputs import cut_logprobs, take_rows
+from lmdeploy.engine.plan import (DEAD_MASK, NON_FINITE, OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, PROCESSOR_FAILED,
+                                  OpenSlot, StepPlan, StepResult)
+from lmdeploy.engine.request import NEVER, Drafter, EngineInput, Finish, Request, TokenDelta
+from lmdeploy.engine.waiting import WaitingQueue
+from lmdeploy.errors import EngineDead, LmdeployError, RequestError
+from lmdeploy.executor.base import Capacity
+from lmdeploy.log import get_logger
+
+MAX_NON_FINITE = 3  # requests in a row without a finite row between them: the weights or the device are faulty
+HEADROOM = 100  # one block in so many stays free for running requests when others are admitted
+
+_rank = attrgetter('rank')
+
+
+class Scheduler:
+    """A pure state machine: requests and results in, plans and deltas out. Not thread-safe.
+
+    Args:
+        capacity: what the device side holds.
+        prefix_caching: keep and find the blocks of earlier requests.
+        drafter: proposes draft tokens for decoding rows.
+        debug: compare token ids on a hit of the prefix index.
+    """
+
+    def __init__(self, capacity: Capacity, *, prefix_caching: bool = False, drafter: Drafter | None = None,
+                 debug: bool = False) -> None:
+        self.capacity = capacity
+        self.block_size = capacity.block_size
+        self.step_tokens = capacity.max_step_tokens
+        self.slots = min(capacity.max_batch_size, capacity.max_step_tokens)
+        # a request alone may fill the pool; the KV of the last token is never computed
+        self.session_len = min(capacity.session_len, capacity.num_blocks * capacity.block_size + 1)
+        self.prefix_caching = prefix_caching
+        self.drafter = drafter
+        self.pool = BlockPool(capacity.num_blocks, debug=debug)
+        self.counters = Counters()
+        self.running: list[Request] = []  # by rank
+        self.waiting = WaitingQueue(quantum=self.step_tokens)
+        self.groups = Groups(private=not prefix_caching)
+        self.requests: dict[str, Request] = {}  # unfinished
+        self.by_slot: list[Request | None] = [None] * self.slots  # finished ones too while steps touch them
+        self.flying = 0  # rows launched and not retired
+        self._free_slots = list(range(self.slots - 1, -1, -1))
+        self._closed: list[int] = []  # slots that the runner has not been told to release
+        self._out: list[TokenDelta] = []
+        self._seq = 0
+        self._step = 0
+        self._bad_rows = 0  # requests with logits that are not finite, since the last good row
+
+    # -- what comes in -------------------------------------------------------------------------------------------
+
+    def add(self, given: EngineInput) -> None:
+        """Accept a request.
+
+        Raises:
+            RequestError: LMD-330 to LMD-333, and the request leaves no trace.
+        """
+        try:
+            self._refuse(given)
+        except RequestError:
+            self.counters.rejected += 1
+            raise
+        request = self._new(given)
+        self.requests[request.id] = request
+        self.counters.accepted += 1
+        self.counters.prompt_tokens += request.prompt_len
+        if given.share is not None and not request.all_rows and request.prompt_len > self.block_size:
+            group = request.group = self.groups.get(given.share)
+            if group.root is not None:
+                request.root, request.publish_limit = group.root, request.prompt_len // self.block_size
+            if group.join(request):
+                return
+        self.waiting.push(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; unknown and finished ids are ignored."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self.finish(request, Finish('abort'))
+
+    def fail_all(self, error: LmdeployError | None) -> None:
+        """The engine cannot go on: no launched step will retire. Every request ends, with ``error`` or as aborted."""
+        for request in [*self.requests.values(), *(r for r in self.by_slot if r is not None)]:
+            request.in_flight = request.pending = 0
+            if request.finish is None:
+                self.finish(request, Finish('error', error=error) if error is not None else Finish('abort'))
+            elif request.slot >= 0:
+                self._leave(request)
+        self.flying = 0
+
+    def _refuse(self, given: EngineInput) -> None:
+        length = len(given.tokens)
+        if given.id in self.requests:
+            raise RequestError('LMD-333', id=given.id)
+        if not 1 <= length < self.capacity.session_len:
+            raise RequestError('LMD-330', prompt_len=length, most=self.capacity.session_len - 1)
+        needed = -(-length // self.block_size)
+        if needed > self.capacity.num_blocks:
+            raise RequestError('LMD-332', prompt_len=length, needed=needed, num_blocks=self.capacity.num_blocks)
+        low, high = min(given.tokens), max(given.tokens)
+        if low < 0 or high >= self.capacity.vocab_size:
+            raise RequestError('LMD-331', token=low if low < 0 else high, vocab_size=self.capacity.vocab_size)
+
+    def _new(self, given: EngineInput) -> Request:
+        self._seq += 1
+        length = len(given.tokens)
+        request = Request(
+            id=given.id, seq=self._seq, tokens=list(given.tokens), prompt_len=length, params=given.params,
+            limit=min(length + given.params.max_new_tokens, self.session_len), tenant=given.tenant,
+            priority=given.priority, images=given.images, grammar=given.grammar)
+        if self.drafter is not None:
+            request.serial = True
+        if self.prefix_caching:
+            request.root = root_key(given.salt, given.tenant.encode(), given.adapter.encode())
+            request.publish_limit = NEVER
+        return request
+
+    # -- what runs next ------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan:
+        """The next step; without rows if there is nothing to launch before a launched step retires."""
+        decode, prefill = Columns(), Columns()
+        opened: list[OpenSlot] = []
+        failed: list[tuple[Request, Exception]] = []
+        spare, settled = self._plan_running(decode, prefill, failed)
+        if settled:
+            self._admit(prefill, opened, spare, failed)
+        rows = len(decode.slots) + len(prefill.slots)
+        closed: tuple[int, ...] = ()
+        if rows:
+            closed, self._closed = tuple(self._closed), []
+        if failed:
+            opened = self._fail_unlaunched(failed, opened)
+        if rows:
+            self._step += 1
+            self.flying += rows
+            self.counters.steps += 1
+        plan = build(self._step, decode, prefill, tuple(opened), closed)
+        self.counters.computed_tokens += plan.num_tokens
+        return plan
+
+    def _fail_unlaunched(self, failed: list[tuple[Request, Exception]], opened: list[OpenSlot]) -> list[OpenSlot]:
+        """End requests that could not be launched. The runner never hears of slots opened for them in this turn."""
+        unheard = {request.slot for request, _ in failed}.intersection(slot.slot for slot in opened)
+        for request, cause in failed:
+            self._fail(request, cause)
+        for slot in unheard:
+            self._closed.remove(slot)
+        return [slot for slot in opened if slot.slot not in unheard]
+
+    def _plan_running(self, decode: Columns, prefill: Columns, failed: list[tuple[Request, Exception]]) -> tuple[int, bool]:
+        """Rows for running requests, by rank: each may have one token of the budget, long ones share the rest.
+
+        Returns the rest of the budget, and whether everybody got the blocks for it.
+        """
+        running, block_size, pool = self.running, self.block_size, self.pool
+        spare = self.step_tokens - len(running)
+        at, end, settled = 0, len(running), True
+        while at < end:
+            request = running[at]
+            at += 1
+            start = request.computed
+            total = len(request.tokens) + request.pending
+            todo = total - start
+            if not todo or (total >= request.limit and start >= request.prompt_len) or (request.serial and request.pending):
+                continue
+            drafts: list[int] = []
+            if todo > 1:
+                todo = min(todo, 1 + spare)
+            elif self.drafter is not None and spare > 0:
+                drafts = self._propose(request, spare)
+            stop = start + todo + len(drafts)
+            new = -(-stop // block_size) - len(request.blocks)
+            if new > 0:
+                if new > pool.available:
+                    settled = False
+                    enough = self._make_room(new, at)
+                    end = min(end, len(running))
+                    if not enough:
+                        # the latest request has launched steps: it sits this turn out and can be preempted the next
+                        if end > at:
+                            end -= 1
+                        continue
+                request.blocks += pool.allocate(new)
+            if self._launch(decode if todo == total - start == 1 else prefill, request, todo, drafts, new, failed):
+                spare -= todo + len(drafts) - 1
+        return spare, settled
+
+    def _make_room(self, blocks: int, after: int) -> bool:
+        """Preempt requests that come later than ``running[after - 1]``, the latest first, until ``blocks`` are there."""
+        running = self.running
+        at = len(running) - 1
+        while blocks > self.pool.available:
+            while at >= after and running[at].in_flight:
+                at -= 1
+            if at < after:
+                return False
+            self._preempt(running[at])
+            at -= 1
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take slot and blocks from a request; it comes back with all its tokens known and computes them anew."""
+        self.running.remove(request)
+        self._leave(request)
+        request.preempted = True
+        self.waiting.push(request)
+        self.counters.preemptions += 1
+
+    def _admit(self, prefill: Columns, opened: list[OpenSlot], spare: int, failed: list[tuple[Request, Exception]]) -> None:
+        """Slots for waiting requests, as long as budget, slots and blocks for their known tokens last."""
+        headroom = self.capacity.num_blocks // HEADROOM if self.running else 0
+        while spare > 0 and self._free_slots:
+            request = self.waiting.head()
+            if request is None:
+                return
+            matched = self._match(request)
+            start = len(matched) * self.block_size
+            known = len(request.tokens)
+            if -(-known // self.block_size) - len(matched) + headroom > self.pool.available:
+                self.pool.release(matched)
+                return
+            self.waiting.admit(request)
+            todo = min(known - start, spare)
+            new = self.pool.allocate(-(-(start + todo) // self.block_size) - len(matched))
+            self._enter(request, matched, new, opened)
+            if self._launch(prefill, request, todo, [], len(request.blocks), failed):
+                spare -= todo
+            headroom = self.capacity.num_blocks // HEADROOM
+
+    def _match(self, request: Request) -> list[int]:
+        """Take the indexed blocks that begin the request's tokens, all but the last token at most."""
+        if request.root is None or request.all_rows:
+            return []
+        most = min((len(request.tokens) - 1) // self.block_size, request.publish_limit)
+        request.extend_hashes(most, self.block_size)
+        return self.pool.match(request.hashes[:most], request.tokens, self.block_size)
+
+    def _enter(self, request: Request, matched: list[int], new: list[int], opened: list[OpenSlot]) -> None:
+        """Waiting to running."""
+        slot = request.slot = self._free_slots.pop()
+        self.by_slot[slot] = request
+        insort(self.running, request, key=_rank)
+        request.blocks = matched + new
+        request.computed = request.settled = len(matched) * self.block_size
+        request.published = len(matched)
+        request.publish_at = self._publish_at(request)
+        self._wake_group(request)
+        opened.append(OpenSlot(slot, request.params, np.array(request.tokens, np.int32), request.prompt_len))
+        if self.prefix_caching and not request.preempted:
+            request.cached_tokens = request.computed
+            self.counters.prefix_query_tokens += request.prompt_len
+            self.counters.prefix_hit_tokens += request.computed
+
+    def _launch(self, rows: Columns, request: Request, count: int, drafts: list[int], new: int,
+                failed: list[tuple[Request, Exception]]) -> bool:
+        """A row of ``count`` tokens that exist, and drafts; its last ``new`` blocks are new. False if it fails."""
+        start, known = request.computed, len(request.tokens)
+        stop, total = start + count, known + request.pending
+        sample = stop == total and total < request.limit
+        if sample and request.grammar is not None:
+            mask = np.zeros(-(-self.capacity.vocab_size // 32), np.uint32)
+            try:
+                request.grammar.fill(mask)
+            except Exception as cause:  # the request's own code: that request fails, and no other
+                failed.append((request, cause))
+                return False
+            rows.masks.append((len(rows.slots), mask))
+        if request.all_rows and stop > request.rows_out or drafts:
+            outputs = OUTPUT_ALL
+        else:
+            outputs = OUTPUT_LAST if sample else OUTPUT_NONE
+        rows.slots.append(request.slot)
+        rows.starts.append(start)
+        rows.lengths.append(count + len(drafts))
+        rows.tokens += request.tokens[start:stop]
+        if stop > known:
+            rows.tokens.append(PENDING)
+        rows.tokens += drafts
+        rows.counts.append(max(new, 0))
+        if new > 0:
+            rows.blocks += request.blocks[-new:]
+        rows.outputs.append(outputs)
+        rows.sample.append(sample)
+        rows.drafts.append(len(drafts))
+        request.computed = stop + len(drafts)
+        request.in_flight += 1
+        if sample:
+            request.pending += 1 + len(drafts)
+        return True
+
+    def _propose(self, request: Request, spare: int) -> list[int]:
+        """Draft tokens, as far as budget, blocks and the request's limit allow (the last draw needs no draft)."""
+        if request.grammar is not None or request.params.needs_host:
+            return []
+        room = (len(request.blocks) + self.pool.available) * self.block_size - request.computed - 1
+        most = min(spare, room, request.limit - request.total - 1)
+        assert self.drafter is not None
+        return self.drafter.propose(request, most)[:most] if most > 0 else []
+
+    # -- what a step gave ----------------------------------------------------------------------------------------
+
+    def retire(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take in the oldest launched step; returns all deltas since the last call of :meth:`take`.
+
+        Raises:
+            EngineDead: LMD-340, when request after request gives logits that are not finite.
+        """
+        slots, starts, offsets = plan.slots.tolist(), plan.starts.tolist(), plan.query_start.tolist()
+        samples, drafts, statuses = plan.sample.tolist(), plan.drafts.tolist(), result.status.tolist()
+        bounds, tokens = result.token_start.tolist(), result.tokens.tolist()
+        self.flying -= len(slots)
+        for row, slot in enumerate(slots):
+            request = self.by_slot[slot]
+            assert request is not None
+            request.in_flight -= 1
+            drawn = 1 + drafts[row] if samples[row] else 0
+            request.pending -= drawn
+            if request.finish is not None:
+                if not request.in_flight:
+                    self._leave(request)
+            elif statuses[row]:
+                self._bad_status(request, statuses[row], result.errors.get(row, ''))
+            else:
+                if drawn:
+                    self._bad_rows = 0
+                try:
+                    self._accept(request, row, starts[row], offsets[row + 1] - offsets[row], drawn,
+                                 tokens[bounds[row]:bounds[row + 1]], result)
+                except Exception as cause:  # one request's bookkeeping never stops the others'
+                    self._fail(request, cause)
+        return self.take()
+
+    def take(self) -> list[TokenDelta]:
+        """All deltas since the last call."""
+        out, self._out = self._out, []
+        return out
+
+    def _accept(self, request: Request, row: int, start: int, length: int, drawn: int, drew: list[int],
+                result: StepResult) -> None:
+        """One good row: new tokens, outputs, published blocks, and perhaps the end of the request."""
+        rejected = drawn - len(drew)
+        if rejected:
+            assert 0 < rejected and not request.in_flight, 'a row accepted an impossible number of tokens'
+            request.computed -= rejected
+        tokens, finish = request.tokens, None
+        before = len(tokens)
+        for token in drew:
+            if token in request.stop_ids:
+                finish = Finish('stop', stop_id=token)
+                break
+            tokens.append(token)
+            if request.grammar is not None:
+                request.grammar.accept(token)
+        new = tokens[before:]
+        self.counters.output_tokens += len(new)
+        request.settled = min(start + length - rejected, len(tokens))
+        if finish is None and len(tokens) >= request.limit and request.settled >= request.prompt_len:
+            finish = Finish('length')
+        if request.settled >= request.publish_at:
+            self._publish(request)
+        delta = TokenDelta(request.id, new, None, None, None, None, request.cached_tokens, request.prompt_len)
+        if request.outputs:
+            delta.logprobs = cut_logprobs(result.logprobs.get(row), len(new))
+            rows = take_rows(request, start, drawn, len(new))
+            delta.logits = rows(result.logits.get(row), request.params.output_logits)
+            delta.hidden = rows(result.hidden.get(row), request.params.output_hidden)
+        if finish is not None:
+            self.finish(request, finish, delta)
+        elif new or delta.logits is not None or delta.hidden is not None:
+            self._out.append(delta)
+
+    def _publish(self, request: Request) -> None:
+        """Offer the full blocks that retired steps have written to the prefix index."""
+        size = self.block_size
+        full = min(request.settled // size, request.publish_limit)
+        request.extend_hashes(full, size)
+        group = request.group
+        private = group is not None and group.root is not None
+        for i in range(request.published, full):
+            tokens = request.tokens[i * size:(i + 1) * size] if self.pool.debug else ()
+            if self.pool.publish(request.blocks[i], request.hashes[i], tokens) and private:
+                group.keys.add(request.hashes[i])
+        request.published = full
+        request.publish_at = self._publish_at(request)
+        self._wake_group(request)
+
+    def _wake_group(self, request: Request) -> None:
+        """Let the members of its group go on if the blocks that they can share are in the index."""
+        group = request.group
+        if group is not None and group.leader is request and request.published >= (request.prompt_len - 1) // self.block_size:
+            for member in group.wake():
+                self.waiting.push(member)
+
+    def _publish_at(self, request: Request) -> int:
+        if request.root is None or request.published >= request.publish_limit:
+            return NEVER
+        return (request.published + 1) * self.block_size
+
+    def _bad_status(self, request: Request, status: int, cause: str) -> None:
+        position = len(request.tokens)
+        if status == PROCESSOR_FAILED:
+            return self._end(request, RequestError('LMD-336', position=position, cause=cause))
+        if status == DEAD_MASK:
+            return self._end(request, RequestError('LMD-335', position=position))
+        assert status == NON_FINITE
+        self.counters.non_finite += 1
+        # what it computed, or computed from, may be poisoned: nobody shall find it any more
+        for block in request.blocks:
+            self.pool.withdraw(block)
+        request.publish_at = NEVER
+        self._end(request, RequestError('LMD-334', position=position))
+        if not request.params.needs_host:
+            self._bad_rows += 1
+            if self._bad_rows >= MAX_NON_FINITE:
+                raise EngineDead('LMD-340', count=self._bad_rows)
+
+    # -- how a request ends --------------------------------------------------------------------------------------
+
+    def _fail(self, request: Request, cause: Exception) -> None:
+        get_logger().error('request %s failed', request.id, exc_info=cause)
+        self._end(request, RequestError('LMD-337', cause=f'{type(cause).__name__}: {cause}'))
+
+    def _end(self, request: Request, error: LmdeployError) -> None:
+        self.finish(request, Finish('error', error=error))
+
+    def finish(self, request: Request, finish: Finish, delta: TokenDelta | None = None) -> None:
+        """The only exit: tell the end, wake who waited for this request, return what it holds once nothing uses it."""
+        assert request.finish is None, f'request {request.id} finishes twice'
+        request.finish = finish
+        del self.requests[request.id]
+        if finish.reason == 'abort':
+            self.counters.cancelled += 1
+        elif finish.reason == 'error':
+            self.counters.failed += 1
+        else:
+            self.counters.finished += 1
+        if delta is None:
+            delta = TokenDelta(request.id, [], cached_tokens=request.cached_tokens, prompt_len=request.prompt_len)
+        delta.finish = finish
+        self._out.append(delta)
+        group = request.group
+        parked = group is not None and request in group.parked
+        if request.slot >= 0:
+            del self.running[bisect_left(self.running, request.rank, key=_rank)]
+        elif not parked:
+            self.waiting.remove(request)
+        if group is not None:
+            self._leave_group(request, group)
+        if request.slot >= 0 and not request.in_flight:
+            self._leave(request)
+
+    def _leave_group(self, request: Request, group: Group) -> None:
+        for member in group.leave(request):
+            self.waiting.push(member)
+        if not group.members:
+            self.groups.drop(group)
+            if group.root is not None:
+                for key in group.keys:
+                    block = self.pool.find(key)
+                    if block is not None:
+                        self.pool.withdraw(block)
+
+    def _leave(self, request: Request) -> None:
+        """Give back slot and blocks; no launched step touches them."""
+        self.pool.release(request.blocks)
+        self.by_slot[request.slot] = None
+        self._free_slots.append(request.slot)
+        self._closed.append(request.slot)
+        request.blocks, request.slot = [], -1
+        request.computed = request.settled = request.published = 0
+        request.publish_at = NEVER
+
+    # -- what must always hold -----------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no request and no launched step."""
+        return not self.requests and not self.flying
+
+    def parked(self) -> list[Request]:
+        """Requests that wait for their group's leader."""
+        return [request for group in self.groups for request in group.parked]
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        check(self)
