@@ -1,0 +1,90 @@
+"""From a StepPlan and the slots to a ForwardBatch, and to the list of positions whose logits are wanted.
+
+Everything is computed on the host with whole-array numpy; the device gets one copy of one buffer. Tokens that only the
+device knows (``PENDING``) are read from ``slots.last_token`` there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmdeploy.engine.plan import OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.slots import SlotTable
+
+
+@dataclass(slots=True)
+class Outputs:
+    """The R positions of a step that give outputs, in the order of rows; host arrays.
+
+    Row i's are ``start[i]:start[i + 1]``: none, its last ``1 + drafts``, or all of its query.
+    """
+
+    start: np.ndarray  # [B+1] int64
+    rows: np.ndarray  # [R] int64: the plan's row
+    tokens: np.ndarray  # [R] int64: which of the T query tokens
+    positions: np.ndarray  # [R] int64: position in its request
+    sampled: np.ndarray  # [S] int64: the outputs that a token is drawn from: the last 1 + drafts of each sampling row
+
+
+def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
+    """The forward pass of ``plan``, whose slots are open and whose blocks are appended already."""
+    query_start = plan.query_start.astype(np.int64)
+    lengths = np.diff(query_start)
+    starts = plan.starts.astype(np.int64)
+    rows = np.repeat(np.arange(plan.rows), lengths)
+    positions = np.arange(plan.num_tokens) - query_start[rows] + starts[rows]
+    kv_lens = starts + lengths
+    size = slots.block_size
+    max_kv = int(kv_lens.max())
+    table = slots.blocks[plan.slots, : -(-max_kv // size)]
+    kv_slots = table[rows, positions // size].astype(np.int64) * size + positions % size
+    pending = np.flatnonzero(plan.tokens == PENDING)
+    outputs = _outputs(plan, rows, positions, lengths, query_start)
+
+    device = slots.device
+    (token_ids, positions_, query_start_, kv_lens_, table_, kv_slots_, output_rows, pending_, pending_slots) = upload(
+        device, np.maximum(plan.tokens, 0), positions, query_start, kv_lens, table, kv_slots, outputs.tokens, pending,
+        plan.slots[rows[pending]],
+    )
+    token_ids = token_ids.int()
+    if len(pending):
+        token_ids[pending_] = slots.last_token[pending_slots]
+    batch = ForwardBatch(
+        token_ids=token_ids,
+        positions=positions_.int(),
+        kv_slots=kv_slots_,
+        query_start=query_start_.int(),
+        kv_lens=kv_lens_.int(),
+        block_table=table_.int(),
+        output_rows=output_rows,
+        max_query=int(lengths.max()),
+        max_kv=max_kv,
+        host_query_start=query_start.tolist(),
+        host_kv_lens=kv_lens.tolist(),
+    )
+    return batch, outputs
+
+
+def _outputs(plan: StepPlan, rows: np.ndarray, positions: np.ndarray, lengths: np.ndarray,
+             query_start: np.ndarray) -> Outputs:
+    last = 1 + plan.drafts.astype(np.int64)
+    counts = np.where(plan.outputs == OUTPUT_ALL, lengths, np.where(plan.outputs == OUTPUT_NONE, 0, last))
+    start = np.concatenate([[0], np.cumsum(counts)])
+    output_rows = np.repeat(np.arange(plan.rows), counts)
+    tokens = np.arange(start[-1]) - start[1:][output_rows] + query_start[1:][output_rows]  # the row's last counts[row]
+    sampling = plan.sample[output_rows] & (np.arange(start[-1]) >= (start[1:] - last)[output_rows])
+    return Outputs(start, output_rows, tokens, positions[tokens], np.flatnonzero(sampling))
+
+
+def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """The integer ``arrays`` as int64 tensors of the same shapes on ``device``: one buffer, one copy."""
+    flat = torch.from_numpy(np.concatenate([np.ascontiguousarray(a).ravel() for a in arrays], dtype=np.int64))
+    if device.type != 'cpu':
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    sizes = [array.size for array in arrays]
+    return [part.view(array.shape) for part, array in zip(flat.split(sizes), arrays)]
