@@ -20,7 +20,7 @@ CODE = re.compile(r'LMD-\d{3}')
 
 
 class Use(NamedTuple):
-    """A call whose first argument is a code or note: where, which, and its parameters (None: not known from the text)."""
+    """A call whose first argument is a code or a note; ``params`` is None where the call does not show them."""
 
     where: str
     code: str
@@ -93,9 +93,11 @@ def test_both_languages_name_the_same_parameters(code):
 
 
 def test_calls_pass_what_the_texts_name():
-    wrong = [f'{use.where}: {use.code} gets {sorted(use.params)}, its text names {sorted(placeholders(table()[use.code]["en"]))}'
-             for use in uses(CODE) if use.params is not None and use.code in table()
-             and not placeholders(table()[use.code]['en']) <= use.params]
+    wrong = []
+    for use in uses(CODE):
+        named = placeholders(table()[use.code]['en']) if use.code in table() else set()
+        if use.params is not None and not named <= use.params:
+            wrong.append(f'{use.where}: {use.code} gets {sorted(use.params)}, its text names {sorted(named)}')
     assert wrong == [], '\n'.join(wrong)
 
 

@@ -118,7 +118,6 @@ def check_imports(tree: ast.Module, path: Path, package: str) -> Iterator[Findin
 
 
 def _check_direction(item: Import, target: str, path: Path, package: str) -> Iterator[Finding]:
-    other = target.partition('.')[0]
     if package not in MAY_IMPORT:
         yield Finding(path, item.line, f'package {package} has no place in the table of tools/check_layout.py')
         return

@@ -31,7 +31,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def fastest(code: str, bare: str = 'pass', tries: int = 5) -> float:
-    """Seconds that ``code`` takes beyond starting Python, the best of some tries: load on the machine is not its cost."""
+    """Seconds that ``code`` takes beyond starting Python; the best of some tries, as the machine may be busy."""
     def once(source: str) -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, '-c', source], check=True, stdout=subprocess.DEVNULL, timeout=60)
@@ -79,8 +79,8 @@ def test_an_unknown_command_names_those_that_exist():
     assert 'Traceback' not in out.stderr
 
 
-@pytest.mark.parametrize('argv', [['--no-such-flag'], ['chat', '--tp', 'two'], ['pull'], ['rm'], ['--lang', 'fr', 'list'],
-                                  ['--debug'], ['chat', '--backend', 'tensorrt']])
+@pytest.mark.parametrize('argv', [['--no-such-flag'], ['chat', '--tp', 'two'], ['pull'], ['rm'],
+                                  ['--lang', 'fr', 'list'], ['--debug'], ['chat', '--backend', 'tensorrt']])
 def test_wrong_usage_is_2_on_stderr(argv):
     out = run(*argv)
     assert (out.returncode, out.stdout) == (2, '')

@@ -26,10 +26,10 @@ def tree(root: Path, file: str, source: str) -> Path:
     ('lmdeploy/ops/norm.py', 'from lmdeploy.nn.linear import Linear', 'ops may not import lmdeploy.nn.linear'),
     ('lmdeploy/models/llama.py', 'from lmdeploy import engine', 'models may not import lmdeploy.engine'),
     ('lmdeploy/models/llama.py', 'import lmdeploy.executor.base', 'models may not import lmdeploy.executor'),
-    ('lmdeploy/engine/core.py', 'from lmdeploy.executor.local import X', 'engine may not import lmdeploy.executor.local'),
+    ('lmdeploy/engine/a.py', 'from lmdeploy.executor.local import X', 'engine may not import lmdeploy.executor.local'),
     ('lmdeploy/runner/a.py', 'from lmdeploy.engine.core import X', 'runner may not import lmdeploy.engine.core'),
     ('lmdeploy/nn/a.py', 'from lmdeploy.runner.slots import X', 'nn may not import lmdeploy.runner.slots'),
-    ('lmdeploy/frontend/a.py', 'def f():\n    from lmdeploy.api import pipeline', 'frontend may not import lmdeploy.api'),
+    ('lmdeploy/frontend/a.py', 'def f():\n    from lmdeploy.api import x', 'frontend may not import lmdeploy.api'),
     ('lmdeploy/serve/a.py', 'import lmdeploy.lite', 'serve may not import lmdeploy.lite'),
     ('lmdeploy/config/a.py', 'from lmdeploy.models import X', 'config may not import'),
     ('lmdeploy/log.py', 'from lmdeploy.errors import X', 'log may not import'),
@@ -38,7 +38,7 @@ def tree(root: Path, file: str, source: str) -> Path:
     # weight of an import
     ('lmdeploy/engine/a.py', 'import torch', 'imports torch at module level'),
     ('lmdeploy/chat/a.py', 'from torch.nn import Linear', 'imports torch at module level'),
-    ('lmdeploy/frontend/a.py', 'try:\n    import torch\nexcept ImportError:\n    pass', 'imports torch at module level'),
+    ('lmdeploy/frontend/a.py', 'try:\n    import torch\nexcept OSError:\n    pass', 'imports torch at module level'),
     ('lmdeploy/cli/a.py', 'class A:\n    import rich', 'imports rich at module level'),
     # one home for each
     ('lmdeploy/ops/a.py', 'def f():\n    import triton', 'imports triton outside ops/triton'),
@@ -72,7 +72,7 @@ def test_a_broken_law_is_found(tmp_path, file, source, words):
 @pytest.mark.parametrize('file, source', [
     ('lmdeploy/runner/a.py', 'from lmdeploy.engine.plan import StepPlan\nfrom lmdeploy.engine import sampling'),
     ('lmdeploy/attention/a.py', 'from lmdeploy.runner.batch import ForwardBatch'),
-    ('lmdeploy/engine/a.py', 'import numpy\nfrom lmdeploy.executor.base import Capacity\nfrom lmdeploy.errors import X'),
+    ('lmdeploy/engine/a.py', 'import numpy\nfrom lmdeploy.executor.base import X\nfrom lmdeploy.errors import Y'),
     ('lmdeploy/engine/a.py', 'from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch'),
     ('lmdeploy/frontend/a.py', 'def f():\n    import torch'),
     ('lmdeploy/ops/triton/a.py', 'import triton'),
