@@ -204,19 +204,24 @@ class FakeExecutor:
 
     def _draw(self, sequence: np.ndarray, row: int, drafts: int, mask: np.ndarray | None, slot: _Slot,
               result: StepResult) -> list[int]:
+        """Accept drafts as long as they are what follows, and one token more. A bad position ends the row's acceptance;
+        its status is bad only if nothing was accepted, so that good tokens before it are not lost."""
         accepted: list[int] = []
         for end in range(len(sequence) - drafts, len(sequence) + 1):
-            seen = sequence[:end]
-            if self.poisoned is not None and self.poisoned(seen):
-                result.status[row] = NON_FINITE
-                return []
+            seen, status = sequence[:end], OK
             token = next_token(seen, self.capacity.vocab_size, mask)
-            if token < 0:
-                result.status[row] = DEAD_MASK
-                return []
+            if self.poisoned is not None and self.poisoned(seen):
+                status = NON_FINITE
+            elif token < 0:
+                status = DEAD_MASK
+            if status != OK:
+                if not accepted:
+                    result.status[row] = status
+                    slot.last_token = 0  # a step launched meanwhile reads an id that is valid and means nothing
+                    return []
+                break
             accepted.append(token)
             if end < len(sequence) and token != sequence[end]:
                 break
-        assert result.status[row] == OK
         slot.last_token = accepted[-1]
         return accepted

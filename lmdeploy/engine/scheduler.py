@@ -32,7 +32,7 @@ from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.log import get_logger
 
-MAX_NON_FINITE = 3  # requests in a row without a finite row between them: the weights or the device are faulty
+MAX_NON_FINITE = 3  # different prompts, without a finite row between them: the weights or the device are faulty
 HEADROOM = 100  # one block in so many stays free for running requests when others are admitted
 
 _rank = attrgetter('rank')
@@ -71,7 +71,7 @@ class Scheduler:
         self._out: list[TokenDelta] = []
         self._seq = 0
         self._step = 0
-        self._bad_rows = 0  # requests with logits that are not finite, since the last good row
+        self._bad_prompts: set[tuple[int, ...]] = set()  # whose logits were not finite, since the last good row
 
     # -- what comes in -------------------------------------------------------------------------------------------
 
@@ -330,7 +330,7 @@ class Scheduler:
         """Take in the oldest launched step; returns all deltas since the last call of :meth:`take`.
 
         Raises:
-            EngineDead: LMD-340, when request after request gives logits that are not finite.
+            EngineDead: LMD-340, when prompt after prompt gives logits that are not finite.
         """
         slots, starts, offsets = plan.slots.tolist(), plan.starts.tolist(), plan.query_start.tolist()
         samples, drafts, statuses = plan.sample.tolist(), plan.drafts.tolist(), result.status.tolist()
@@ -348,8 +348,8 @@ class Scheduler:
             elif statuses[row]:
                 self._bad_status(request, statuses[row], result.errors.get(row, ''))
             else:
-                if drawn:
-                    self._bad_rows = 0
+                if drawn and self._bad_prompts:
+                    self._bad_prompts.clear()
                 try:
                     self._accept(request, row, starts[row], offsets[row + 1] - offsets[row], drawn,
                                  tokens[bounds[row]:bounds[row + 1]], result)
@@ -437,9 +437,9 @@ class Scheduler:
         request.publish_at = NEVER
         self._end(request, RequestError('LMD-334', position=position))
         if not request.params.needs_host:
-            self._bad_rows += 1
-            if self._bad_rows >= MAX_NON_FINITE:
-                raise EngineDead('LMD-340', count=self._bad_rows)
+            self._bad_prompts.add(tuple(request.tokens[:request.prompt_len]))
+            if len(self._bad_prompts) >= MAX_NON_FINITE:
+                raise EngineDead('LMD-340', count=len(self._bad_prompts))
 
     # -- how a request ends --------------------------------------------------------------------------------------
 

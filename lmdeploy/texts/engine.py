@@ -48,9 +48,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '引擎已关闭。请新建 pipeline 或重新启动服务。',
     },
     'LMD-340': {
-        'en': "the model's logits were not finite (NaN or infinite) for {count} requests in a row: the weights or the "
+        'en': "the model's logits were not finite (NaN or infinite) for {count} different prompts in a row: the weights or the "
               'device are faulty. Use dtype="bfloat16" or "float32", and check the weights.',
-        'zh': '连续 {count} 个请求的 logits 都不是有限数(NaN 或无穷):权重或设备有问题。'
+        'zh': '连续 {count} 个不同提示词的 logits 都不是有限数(NaN 或无穷):权重或设备有问题。'
               '请使用 dtype="bfloat16" 或 "float32",并检查权重。',
     },
 }
