@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.errors import LmdeployError
@@ -71,8 +70,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('engine')
     group.add_argument('--backend', choices=('turbomind', 'pytorch'), default=None,
                        help='under whose names the one engine is configured (default: as the other options need)')
-    group.add_argument('--chat-template', default=None, metavar='NAME_OR_FILE',
-                       help='a template name (see lmdeploy list --templates) or a JSON file')
+    group.add_argument('--chat-template', default=None, metavar='NAME',
+                       help='a template name (see lmdeploy list --templates), a JSON file or JSON text')
     for option in ENGINE_OPTIONS:
         kind: dict[str, Any] = {'type': option.type, 'metavar': option.type.__name__.upper()}
         if option.type is bool:
@@ -124,9 +123,7 @@ def template_config(args: argparse.Namespace) -> ChatTemplateConfig | None:
         return None
     from lmdeploy.model import ChatTemplateConfig
 
-    if Path(args.chat_template).is_file():
-        return ChatTemplateConfig.from_json(args.chat_template)
-    return ChatTemplateConfig(args.chat_template)
+    return ChatTemplateConfig.from_option(args.chat_template)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, defaults: GenerationConfig) -> None:

@@ -121,7 +121,8 @@ def test_set_changes_the_next_answer(build, frontend, capsys):
 
 @pytest.mark.parametrize('assignment, code', [
     ('colour=blue', 'LMD-402'), ('temperature=warm', 'LMD-403'), ('temperature=9', 'LMD-310'),
-    ('temperature', 'LMD-403'), ('verbose=3', 'LMD-403'), ('top_k=1.5', 'LMD-310'), ('stop_words=3', 'LMD-311'), ('temperature=NaN', 'LMD-310'),
+    ('temperature', 'LMD-403'), ('verbose=3', 'LMD-403'), ('top_k=1.5', 'LMD-310'), ('stop_words=3', 'LMD-311'),
+    ('temperature=NaN', 'LMD-310'),
 ])
 def test_a_wrong_setting_changes_nothing(build, frontend, capsys, assignment, code):
     build().run(Lines(f'/set top_p=0.5 {assignment}', 'one'))
