@@ -28,7 +28,7 @@ def cache_dir() -> Path:
 
 
 def language() -> str | None:
-    """``LMDEPLOY_LANG`` in lower case (``'zh_CN'`` counts as ``'zh'``); None: not set, or a language we do not speak."""
+    """``LMDEPLOY_LANG``, ``'zh_CN'`` counts as ``'zh'``; None: not set, or a language that we do not speak."""
     code = os.environ.get('LMDEPLOY_LANG', '').strip().lower()[:2]
     return code if code in ('en', 'zh') else None
 

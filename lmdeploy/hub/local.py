@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -47,10 +48,14 @@ def exists(path: Path) -> bool:
 
 def looks_like_path(source: str) -> bool:
     """Whether a source that does not exist was meant as a path, not as the id of a hub."""
-    return (source.startswith(('/', './', '../', '~', '.\\', '..\\')) or source in ('.', '..') or '\\' in source
-            or re.match(r'[A-Za-z]:[\\/]', source) is not None or source.endswith('/')
-            or source.split('/')[0] in ROOTS or len(source.split('/')) > 2 and not source.endswith('.gguf')
-            or '/' not in source and source.endswith(('.gguf', '.safetensors', *names.PICKLES)))
+    parts = source.split('/')
+    if source.startswith(('/', './', '../', '~', '.\\', '..\\')) or source.endswith('/') or source in ('.', '..'):
+        return True
+    if '\\' in source or re.match(r'[A-Za-z]:/', source) or parts[0] in ROOTS or os.path.isfile(parts[0]):
+        return True
+    if len(parts) == 1:
+        return source.endswith(('.gguf', '.safetensors', *names.PICKLES))
+    return len(parts) > 2 and not source.endswith('.gguf')  # a hub's id has two parts, or names a GGUF file
 
 
 def refuse_missing(source: str) -> SourceError:
@@ -74,8 +79,9 @@ def _inspect_folder(folder: Path, source: str) -> tuple[Path, Literal['hf', 'ggu
     files = []
     with os.scandir(folder) as entries:
         for entry, _ in zip(entries, range(MAX_NAMES), strict=False):
-            if entry.is_file():
-                files.append(entry.name)
+            with contextlib.suppress(OSError):  # a link that leads nowhere is no file of the model
+                if entry.is_file():
+                    files.append(entry.name)
     choice = names.choose(files)
     if choice.verdict == 'gguf':
         path = folder / choice.files[0]
@@ -129,5 +135,6 @@ def _nearest(path: Path) -> str:
         except OSError:
             return ''
         close = difflib.get_close_matches(parts[index], siblings, n=1, cutoff=0.7)
-        return str(Path(here, close[0], *parts[index + 1:])) if close and exists(Path(here, close[0], *parts[index + 1:])) else ''
+        near = Path(here, *close, *parts[index + 1:])
+        return str(near) if close and exists(near) else ''
     return ''

