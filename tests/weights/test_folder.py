@@ -47,7 +47,9 @@ def test_config_and_generation_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('name', ['config.json', 'generation_config.json', INDEX])
-@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'null', b'\xff\xfe', b'[' * 100_000, b'{"a": ' + b'1' * 9999 + b'}'])
+@pytest.mark.parametrize(
+    'content', [b'', b'{', b'[]', b'null', b'\xff\xfe', b'[' * 100_000, b'{"a": ' + b'1' * 9999 + b'}']
+)
 def test_bad_json(tmp_path: Path, name: str, content: bytes) -> None:
     write_folder(tmp_path, TENSORS, shards=2)
     (tmp_path / name).write_bytes(content)

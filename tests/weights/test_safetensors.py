@@ -90,7 +90,11 @@ HEADERS: dict[str, tuple[object, bytes, str]] = {
     'type is a list': ({'a': entry(['U8'], [1], [0, 1])}, b'x', 'LMD-125'),
     'empty name': ({'': entry('U8', [1], [0, 1])}, b'x', 'LMD-125'),
     'name of 5,000 dots': ({'.' * 5000: entry('U8', [1], [0, 1])}, b'x', 'LMD-125'),
-    'name with a lone surrogate': (b'{"\\ud800": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b'x', 'LMD-125'),
+    'name with a lone surrogate': (
+        b'{"\\ud800": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}',
+        b'x',
+        'LMD-125',
+    ),
     'negative size': ({'a': entry('U8', [-1, -1], [0, 1])}, b'x', 'LMD-125'),
     'size is true': ({'a': entry('U8', [True], [0, 1])}, b'x', 'LMD-125'),
     'size overflows 64 bits': ({'a': entry('U8', [1 << 63, 2], [0, 0])}, b'', 'LMD-125'),
@@ -174,7 +178,10 @@ json_values = st.recursive(
 entries = st.fixed_dictionaries({'dtype': json_values, 'shape': json_values, 'data_offsets': json_values}) | json_values
 
 
-@given(header=st.dictionaries(st.text(max_size=8) | st.just('__metadata__'), entries, max_size=4), data=st.binary(max_size=8))
+names = st.text(max_size=8) | st.just('__metadata__')
+
+
+@given(header=st.dictionaries(names, entries, max_size=4), data=st.binary(max_size=8))
 @settings(max_examples=EXAMPLES, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_json_never_escapes(tmp_path: Path, header: dict, data: bytes) -> None:
     path = tmp_path / 'm.safetensors'
