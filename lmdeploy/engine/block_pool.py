@@ -138,6 +138,14 @@ class BlockPool:
         """The key under which ``block`` is indexed."""
         return self._keys[block]
 
+    def indexed(self) -> Iterable[tuple[int, tuple[int, ...]]]:
+        """Blocks in the index with their token ids; in debug mode only."""
+        assert self._tokens is not None
+        return self._tokens.items()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference of each block. Later blocks of a table are evicted before earlier ones."""
         refs = self._refs

@@ -1,8 +1,9 @@
 """FakeExecutor: a model whose next token is a hash of the sequence that it really reads.
 
 Token ids are written into a cache through block tables and read back through them, as a real model does with keys and
-values. A block that is stale, shared by mistake, or given away too early changes every token that follows; and since
-the hash is known, any request's answer can be computed alone by :func:`continuation`.
+values, and beside each id a checksum of all tokens up to it, since keys and values depend on what came before. A block
+that is stale, shared by mistake, or given away too early changes every token that follows; and since the hash is known,
+any request's answer can be computed alone by :func:`continuation`.
 """
 
 from __future__ import annotations
@@ -76,26 +77,28 @@ class _Slot:
     params: SamplingParams
     table: list[int] = field(default_factory=list)
     last_token: int = EMPTY
+    fresh: bool = True  # no row of it ran yet
 
 
 class FakeHandle:
     """A launched step whose result is computed when it is launched, or only when it is asked for."""
 
-    def __init__(self, compute: Callable[[], StepResult]) -> None:
-        self._compute: Callable[[], StepResult] | None = compute
+    def __init__(self, executor: FakeExecutor, plan: StepPlan) -> None:
+        self._executor, self._plan = executor, plan
         self._result: StepResult | None = None
 
-    def compute(self) -> None:
+    def compute(self) -> StepResult:
         """Run the step; once."""
-        if self._compute is not None:
-            compute, self._compute = self._compute, None
-            self._result = compute()
+        if self._result is None:
+            self._result = self._executor.run(self._plan)
+        return self._result
 
     def result(self) -> StepResult:
         """The step's result."""
-        self.compute()
-        assert self._result is not None
-        return self._result
+        result = self.compute()
+        for row in np.flatnonzero(result.status == NON_FINITE).tolist():
+            self._executor.tainted.update(self._executor.slots[int(self._plan.slots[row])].table)
+        return result
 
 
 class FakeExecutor:
@@ -115,6 +118,8 @@ class FakeExecutor:
         self.fail_at = fail_at
         self.delayed = delayed
         self.cache = np.full((capacity.num_blocks + 1, capacity.block_size), EMPTY, np.int32)
+        self.sums = np.zeros((capacity.num_blocks + 1, capacity.block_size), np.uint32)
+        self.tainted: set[int] = set()  # blocks that a row with bad logits read, as far as results were taken
         self.slots: dict[int, _Slot] = {}
         self.computed_tokens = 0
         self._steps: list[FakeHandle] = []
@@ -129,7 +134,7 @@ class FakeExecutor:
             raise RuntimeError(f'device error in step {plan.step}')
         for step in self._steps:
             step.compute()
-        handle = FakeHandle(lambda: self._run(plan))
+        handle = FakeHandle(self, plan)
         self._steps = [handle]
         if not self.delayed:
             handle.compute()
@@ -143,7 +148,8 @@ class FakeExecutor:
         """Forget everything."""
         self.slots.clear()
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan) -> StepResult:
+        """What a device does with a plan: write all rows, then read them all."""
         for slot in plan.closed:
             del self.slots[slot]
         for opened in plan.opened:
@@ -179,6 +185,21 @@ class FakeExecutor:
         blocks = np.array(slot.table, np.int32)[positions // size]
         assert (blocks > 0).all(), 'the null block is written'
         self.cache[blocks, positions % size] = ids
+        self.tainted.difference_update(blocks.tolist())
+        self._sum(slot, start, ids)
+
+    def _sum(self, slot: _Slot, start: int, ids: np.ndarray) -> None:
+        """Continue the checksum of what lies before ``start``; a slot's first row checks that of its found blocks."""
+        size, total = self.capacity.block_size, 0
+        if start:
+            total = int(self.sums[slot.table[(start - 1) // size], (start - 1) % size])
+        if slot.fresh:
+            before = self.cache[slot.table[:-(-start // size)]].reshape(-1)[:start]
+            assert total == (score(before) if start else 0), 'found blocks that were computed after other tokens'
+            slot.fresh = False
+        for position, token in enumerate(ids.tobytes()[i:i + 4] for i in range(0, 4 * len(ids), 4)):
+            total = zlib.crc32(token, total)
+            self.sums[slot.table[(start + position) // size], (start + position) % size] = total
 
     def _read(self, plan: StepPlan, row: int, mask: np.ndarray | None, result: StepResult) -> list[int]:
         slot = self.slots[int(plan.slots[row])]

@@ -21,7 +21,7 @@ def check(scheduler: Scheduler) -> None:
     6. A published block holds what its key says, or another block does.
     7. Rows in flight are the requests' in-flight counts together.
     8. accepted = finished + failed + cancelled + unfinished.
-    9. Idle: no block is used, every slot is free, no group is left.
+    9. Idle: no block is used, every slot is free, no group is left; without prefix cache nothing is indexed.
     """
     held = [request for request in scheduler.by_slot if request is not None]
     scheduler.pool.check(request.blocks for request in held)
@@ -37,6 +37,7 @@ def check(scheduler: Scheduler) -> None:
         assert scheduler.pool.used == 0, '9: blocks leak'
         assert not held, '9: slots leak'
         assert len(scheduler.groups) == 0, '9: groups leak'
+        assert scheduler.prefix_caching or not len(scheduler.pool), '9: blocks stay in the index'
 
 
 def _places(scheduler: Scheduler, held: list[Request]) -> None:

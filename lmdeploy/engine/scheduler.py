@@ -342,6 +342,11 @@ class Scheduler:
             request.in_flight -= 1
             drawn = 1 + drafts[row] if samples[row] else 0
             request.pending -= drawn
+            if statuses[row] == NON_FINITE:
+                # what it computed, or computed from, may be poisoned: nobody shall find it any more
+                for block in request.blocks:
+                    self.pool.withdraw(block)
+                request.publish_at = NEVER
             if request.finish is not None:
                 if not request.in_flight:
                     self._leave(request)
@@ -431,10 +436,6 @@ class Scheduler:
             return self._end(request, RequestError('LMD-335', position=position))
         assert status == NON_FINITE
         self.counters.non_finite += 1
-        # what it computed, or computed from, may be poisoned: nobody shall find it any more
-        for block in request.blocks:
-            self.pool.withdraw(block)
-        request.publish_at = NEVER
         self._end(request, RequestError('LMD-334', position=position))
         if not request.params.needs_host:
             self._bad_prompts.add(tuple(request.tokens[:request.prompt_len]))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor, GuessingDrafter, next_token, score
-from lmdeploy.engine.metrics import EngineStats
-from lmdeploy.engine.request import EngineInput, Request, TokenDelta
+from lmdeploy.engine.request import Drafter, EngineInput, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.base import Capacity
 
@@ -25,7 +25,7 @@ STOPS = (3, 40)
 PATIENCE = 60  # turns in which the first request in rank must get on, once it holds a slot
 
 
-class EveryOther(object):
+class EveryOther:
     """A grammar that allows even and odd tokens in turn, beginning with even ones."""
 
     def __init__(self) -> None:
@@ -96,49 +96,66 @@ def alone(given: EngineInput, session_len: int) -> Expected:
     return Expected(tokens[len(given.tokens):], reason, logits)
 
 
-class Simulation:
-    """One engine and its customers.
+class CheckedEngine:
+    """An engine on a fake device that is asked, after every turn, for everything that it promises.
 
     Args:
-        seed: decides everything.
+        capacity: of the device.
+        depth: launched, unretired steps at most.
+        prefix_caching: keep and find the blocks of earlier requests.
+        delayed: the fake device computes as late as it may.
+        drafter: proposes draft tokens.
         check_every: turns between two checks of the invariants.
     """
 
-    def __init__(self, seed: int, *, check_every: int = 1) -> None:
-        self.random = random.Random(seed)
-        rng = self.random
-        size = rng.choice([2, 4, 8])
-        blocks = rng.randint(4, 30)
-        self.capacity = Capacity(
-            num_blocks=blocks, block_size=size, max_batch_size=rng.randint(1, 8), max_step_tokens=rng.randint(3, 40),
-            session_len=min(blocks * size + rng.randint(-2, 5), 120), vocab_size=VOCAB)
-        drafter = GuessingDrafter(VOCAB, accuracy=rng.random(), seed=seed) if rng.random() < 0.25 else None
-        self.prefix_caching = rng.random() < 0.6
-        self.executor = FakeExecutor(self.capacity, poisoned=poisoned, delayed=rng.random() < 0.5)
-        self.core = EngineCore(self.executor, self.capacity, depth=rng.choice([1, 2, 2]),
-                               prefix_caching=self.prefix_caching, drafter=drafter, debug=True)
+    def __init__(self, capacity: Capacity, *, depth: int = 1, prefix_caching: bool = False, delayed: bool = False,
+                 drafter: Drafter | None = None, check_every: int = 1) -> None:
+        self.capacity = capacity
+        self.executor = FakeExecutor(capacity, poisoned=poisoned, delayed=delayed)
+        self.core = EngineCore(self.executor, capacity, depth=depth, prefix_caching=prefix_caching, drafter=drafter,
+                               debug=True)
         self.check_every = check_every
-        self.load = rng.choice([2, 6, 20])  # unfinished requests that customers keep up
-        self.abort_rate = rng.choice([0.0, 0.02, 0.1])
         self.answers: dict[str, Answer] = {}  # unfinished
         self.finishes: Counter[str] = Counter()
         self.turns = 0
-        self._ids = 0
         self._patience: tuple[str, int, int] = ('', 0, 0)  # first in rank, what it had computed, since which turn
         self._admitted: dict[tuple[str, int], int] = {}
         self._running: set[int] = set()
-        self._prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 3 * size + 1))] for _ in range(3)]
+        self._preemptions = 0
+        self._scopes: dict[tuple[bytes, str], dict[str, list[int]]] = {}  # what requests of equal salt and tenant say
 
-    def run(self, turns: int) -> None:
-        """Live through ``turns`` turns with customers, then until nobody is left."""
-        for _ in range(turns):
-            self.arrive()
-            self.turn()
-        self.drain()
+    def submit(self, given: EngineInput) -> None:
+        """Hand a request in."""
+        expected = alone(given, self.core.scheduler.session_len)
+        self.answers[given.id] = Answer(given, expected)
+        self._scopes.setdefault((given.salt, given.tenant), {})[given.id] = given.tokens + expected.tokens
+        self.core.submit(given)
+
+    def abort(self, request_id: str) -> None:
+        """End a request early."""
+        self.core.abort(request_id)
+
+    def turn(self) -> None:
+        """One step of the engine, and all that must hold after it."""
+        self.turns += 1
+        scheduler = self.core.scheduler
+        steps, flying = scheduler.counters.steps, len(self.core.launched)
+        deltas = self.core.step()
+        assert self.core.dead is None, f'the engine died: {self.core.dead}'
+        for delta in deltas:
+            self._take(delta)
+        if scheduler.requests and not deltas:
+            assert flying or scheduler.counters.steps > steps, 'requests wait and nothing runs'
+        self._admissions()
+        self._starving()
+        if self.turns % self.check_every == 0:
+            self.core.check()
+            self._contents()
 
     def drain(self) -> None:
         """Serve those who are left; then everything must be as in the beginning."""
-        left = 50 + 4 * sum(len(answer.given.tokens) + answer.given.params.max_new_tokens + 2 for answer in self.answers.values())
+        left = 50 + 4 * sum(len(answer.given.tokens) + answer.given.params.max_new_tokens + 2
+                            for answer in self.answers.values())
         while not self.core.idle:
             assert left, 'requests that never end'
             left -= 1
@@ -147,53 +164,7 @@ class Simulation:
         assert not self.answers, 'a request was forgotten'
         assert self.core.stats().used_blocks == 0
 
-    def arrive(self) -> None:
-        """New customers, and some who leave."""
-        rng = self.random
-        while len(self.answers) < self.load and rng.random() < 0.4:
-            self.submit()
-        if self.answers and rng.random() < self.abort_rate:
-            self.core.abort(rng.choice(list(self.answers)))
-
-    def submit(self) -> None:
-        """One request, or a group that shares its prompt."""
-        rng = self.random
-        longest = min(self.capacity.session_len - 1, self.capacity.num_blocks * self.capacity.block_size)
-        prompt = rng.choice(self._prefixes) if rng.random() < 0.6 else []
-        prompt = (prompt + [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 20]))])[:longest]
-        params = SamplingParams(max_new_tokens=rng.choice([0, 1, 3, 10, 30]), stop_ids=rng.choice([(), STOPS]),
-                                output_logits=rng.choice([None] * 6 + ['all', 'generation']),
-                                logits_processors=(max,) if rng.random() < 0.05 else ())
-        count = rng.choice([1, 1, 1, 2, 4])
-        salt, tenant = rng.choice([b'', b'', b'x']), rng.choice(['', 'a', 'b'])
-        priority, grammar = rng.choice([0, 0, 0, 1]), rng.random() < 0.1
-        self._ids += 1
-        for i in range(count):
-            given = EngineInput(f'{self._ids}.{i}', prompt, params, salt=salt, tenant=tenant, priority=priority,
-                                share=str(self._ids) if count > 1 else None, grammar=EveryOther() if grammar else None)
-            self.answers[given.id] = Answer(given, alone(given, self.core.scheduler.session_len))
-            self.core.submit(given)
-
-    def turn(self) -> None:
-        """One step of the engine, and all that must hold after it."""
-        self.turns += 1
-        before = self.core.scheduler.counters.steps + len(self.core.launched)
-        flying = len(self.core.launched)
-        deltas = self.core.step()
-        assert self.core.dead is None, f'the engine died: {self.core.dead}'
-        for delta in deltas:
-            self.take(delta)
-        scheduler = self.core.scheduler
-        if scheduler.requests and not deltas:
-            launched = scheduler.counters.steps + len(self.core.launched) - before
-            assert launched or flying, 'requests wait and nothing runs'
-        self._fifo()
-        self._starving()
-        if self.turns % self.check_every == 0:
-            self.core.check()
-            self._contents()
-
-    def take(self, delta: TokenDelta) -> None:
+    def _take(self, delta: TokenDelta) -> None:
         """Compare what came with what the request gives alone."""
         answer = self.answers.get(delta.id)
         assert answer is not None, 'a delta after the last one'
@@ -214,15 +185,25 @@ class Simulation:
             assert answer.logits == expected.logits, 'rows of logits are missing'
         if reason == 'error':
             assert delta.finish.error is not None and delta.finish.error.code == 'LMD-334', delta.finish
+        self._hit(answer, delta.cached_tokens)
 
-    def stats(self) -> EngineStats:
-        """The engine's counters."""
-        return self.core.stats()
+    def _hit(self, answer: Answer, cached: int) -> None:
+        """What was found in the prefix cache was said by another request of the same salt and tenant."""
+        given = answer.given
+        said = self._scopes[given.salt, given.tenant]
+        assert not cached or any(other != given.id and tokens[:cached] == given.tokens[:cached]
+                                 for other, tokens in said.items()), 'blocks cross a salt or a tenant'
 
-    def _fifo(self) -> None:
-        """Within a tenant and a priority, requests outside groups are admitted in the order of their arrival."""
-        running = {request.seq: request for request in self.core.scheduler.running}
-        for seq in sorted(running.keys() - self._running):
+    def _admissions(self) -> None:
+        """Within a tenant and a priority, requests outside groups are admitted as they arrived; nobody is admitted in
+        a turn that preempts."""
+        scheduler = self.core.scheduler
+        running = {request.seq: request for request in scheduler.running}
+        new = running.keys() - self._running
+        if scheduler.counters.preemptions > self._preemptions:
+            self._preemptions = scheduler.counters.preemptions
+            assert not new, 'admitted in a turn that preempted'
+        for seq in sorted(new):
             request = running[seq]
             if request.group is None and not request.preempted:
                 key = (request.tenant, request.priority)
@@ -232,7 +213,7 @@ class Simulation:
 
     def _starving(self) -> None:
         """The first running request in rank gets on."""
-        running: list[Request] = self.core.scheduler.running
+        running = self.core.scheduler.running
         if not running:
             return
         first = running[0]
@@ -243,6 +224,97 @@ class Simulation:
         assert self.turns - since < PATIENCE, 'the first request starves'
 
     def _contents(self) -> None:
-        """The cache holds what the prefix index says."""
-        for block, tokens in (self.core.scheduler.pool._tokens or {}).items():
-            assert tuple(self.executor.cache[block].tolist()) == tokens, 'a block in the index has other content'
+        """The cache holds what the prefix index says, and nothing that bad logits came from."""
+        pool, cache = self.core.scheduler.pool, self.executor.cache
+        for block, tokens in pool.indexed():
+            assert tuple(cache[block].tolist()) == tokens, 'a block in the index has other content'
+            assert block not in self.executor.tainted, 'a block that gave bad logits can be found'
+
+
+class Simulation:
+    """A checked engine of random size and its random customers.
+
+    Args:
+        seed: decides everything.
+        check_every: turns between two checks of the invariants.
+    """
+
+    def __init__(self, seed: int, *, check_every: int = 1) -> None:
+        rng = self.random = random.Random(seed)
+        size, blocks = rng.choice([2, 4, 8]), rng.randint(4, 30)
+        capacity = Capacity(
+            num_blocks=blocks, block_size=size, max_batch_size=rng.randint(1, 8), max_step_tokens=rng.randint(3, 40),
+            session_len=min(blocks * size + rng.randint(-2, 5), 120), vocab_size=VOCAB)
+        drafter = GuessingDrafter(VOCAB, accuracy=rng.random(), seed=seed) if rng.random() < 0.25 else None
+        self.engine = CheckedEngine(capacity, depth=rng.choice([1, 2, 2]), prefix_caching=rng.random() < 0.6,
+                                    delayed=rng.random() < 0.5, drafter=drafter, check_every=check_every)
+        self.load = rng.choice([2, 6, 20])  # unfinished requests that customers keep up
+        self.abort_rate = rng.choice([0.0, 0.02, 0.1])
+        self._ids = 0
+        self._prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 3 * size + 1))] for _ in range(3)]
+
+    def run(self, turns: int) -> None:
+        """Live through ``turns`` turns with customers, then until nobody is left."""
+        for _ in range(turns):
+            self.arrive()
+            self.engine.turn()
+        self.engine.drain()
+
+    def arrive(self) -> None:
+        """New customers, and some who leave."""
+        rng, waiting = self.random, self.engine.answers
+        while len(waiting) < self.load and rng.random() < 0.4:
+            self.submit()
+        if waiting and rng.random() < self.abort_rate:
+            self.engine.abort(rng.choice(list(waiting)))
+
+    def submit(self) -> None:
+        """One request, or a group that shares its prompt."""
+        rng, capacity = self.random, self.engine.capacity
+        longest = min(capacity.session_len - 1, capacity.num_blocks * capacity.block_size)
+        prompt = rng.choice(self._prefixes) if rng.random() < 0.6 else []
+        prompt = (prompt + [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 20]))])[:longest]
+        params = SamplingParams(max_new_tokens=rng.choice([0, 1, 3, 10, 30]), stop_ids=rng.choice([(), STOPS]),
+                                output_logits=rng.choice([None] * 6 + ['all', 'generation']),
+                                logits_processors=(max,) if rng.random() < 0.05 else ())
+        count = rng.choice([1, 1, 1, 2, 4])
+        salt, tenant = rng.choice([b'', b'', b'x']), rng.choice(['', 'a', 'b'])
+        priority, grammar = rng.choice([0, 0, 0, 1]), rng.random() < 0.1
+        self._ids += 1
+        for i in range(count):
+            self.engine.submit(EngineInput(
+                f'{self._ids}.{i}', prompt, params, salt=salt, tenant=tenant, priority=priority,
+                share=str(self._ids) if count > 1 else None, grammar=EveryOther() if grammar else None))
+
+
+@dataclass(slots=True)
+class Report:
+    """What many simulations did."""
+
+    turns: int = 0
+    finishes: Counter[str] = field(default_factory=Counter)
+    preemptions: int = 0
+    hit_tokens: int = 0
+    computed_tokens: int = 0
+
+
+def simulate(seeds: Iterable[int], turns: int, *, check_every: int = 1) -> Report:
+    """Run one simulation per seed.
+
+    Raises:
+        AssertionError: a promise was broken; the text names the seed.
+    """
+    report = Report()
+    for seed in seeds:
+        simulation = Simulation(seed, check_every=check_every)
+        try:
+            simulation.run(turns)
+        except AssertionError as error:
+            raise AssertionError(f'seed {seed}, turn {simulation.engine.turns}: {error}') from error
+        stats = simulation.engine.core.stats()
+        report.turns += simulation.engine.turns
+        report.finishes += simulation.engine.finishes
+        report.preemptions += stats.preemptions
+        report.hit_tokens += stats.prefix_hit_tokens
+        report.computed_tokens += stats.computed_tokens
+    return report
