@@ -1,0 +1,42 @@
+"""Reading the documentation: its pages, their code blocks and links."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+RUN = '<!-- run -->\n'
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block: its language, its text, the line of the page on which the text starts, and the run mark."""
+
+    language: str
+    text: str
+    line: int
+    marked: bool
+
+
+def pages(folder: str = '') -> list[Path]:
+    """Markdown files below ``docs/<folder>``, and with no folder those of the repository's top as well."""
+    top = [] if folder else sorted(ROOT.glob('*.md'))
+    return top + sorted((ROOT / 'docs' / folder).rglob('*.md'))
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding='utf-8')
+    return [Block(match[1], match[2], text[:match.start(2)].count('\n') + 1, text[:match.start()].endswith(RUN))
+            for match in FENCE.finditer(text)]
+
+
+def script(page: Path, language: str = 'python') -> str:
+    """The page's blocks as one program whose line numbers are those of the page."""
+    lines: list[str] = []
+    for block in blocks(page):
+        if block.language == language and (language == 'python' or block.marked):
+            lines += [''] * (block.line - 1 - len(lines)) + block.text.splitlines()
+    return '\n'.join(lines) + '\n' if lines else ''
