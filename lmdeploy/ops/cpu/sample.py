@@ -17,6 +17,7 @@ DEPTHS = (64, 1024)  # then the whole row
 BLOCK = 64
 
 
+@reference.greedy.impl('cpu')
 def greedy(logits: Tensor) -> Tensor:
     """See :func:`lmdeploy.ops.sample.greedy`; about 10 times faster than ``argmax``."""
     blocks = _blocks(logits, BLOCK, float('-inf'))
@@ -25,6 +26,7 @@ def greedy(logits: Tensor) -> Tensor:
     return best * BLOCK + inside
 
 
+@reference.ranked.impl('cpu')
 def ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`lmdeploy.ops.sample.ranked`."""
     rows, vocab = logits.shape
@@ -42,6 +44,7 @@ def ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return out_values, out_ids
 
 
+@reference.draw.impl('cpu')
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """See :func:`lmdeploy.ops.sample.draw`."""
     vocab = logits.shape[-1]
@@ -120,7 +123,7 @@ def _top(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """The ``depth`` best tokens of each row in canonical order; those that tie with the last of them are arbitrary."""
     vocab = logits.shape[-1]
     if depth == vocab:
-        return reference.ranked(logits, vocab)
+        return reference.ranked.reference(logits, vocab)
     size = 1 << max(3, ((vocab // depth).bit_length() // 2))  # about sqrt(V / depth) balances the two passes
     size = BLOCK if depth == DEPTHS[0] and size >= BLOCK // 2 else size
     count = -(-vocab // size)

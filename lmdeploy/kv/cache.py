@@ -1,0 +1,67 @@
+"""KVCache: one pool of bytes, viewed as the pages of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kv.format import Fp, KVFormat
+
+PAGE = 64  # tokens per page: block sizes are multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a model needs of a cache: its layers, and the key heads of one of them."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+
+    def bytes_per_block(self, block_size: int, format: KVFormat) -> int:
+        """Bytes that one block of ``block_size`` tokens takes in all layers together."""
+        planes = format.tensors(block_size, self.kv_heads, self.head_dim).values()
+        return self.num_layers * sum(plane.nbytes for plane in planes)
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """One layer's pages ``[blocks, kv_heads, block_size, head_dim]``, keys and values in planes of their own."""
+
+    k: Tensor
+    v: Tensor
+
+
+class KVCache:
+    """``num_blocks`` usable blocks, numbered from 1; block 0 is the null block that padding is written to.
+
+    The pool starts as zeros and is only ever written with finite values, so that stale memory times a weight of zero
+    is zero.
+    """
+
+    def __init__(self, shape: KVShape, num_blocks: int, block_size: int = PAGE, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = 'cpu', format: KVFormat | None = None) -> None:
+        if block_size <= 0 or block_size % PAGE:
+            raise ValueError(f'block_size {block_size} is not a multiple of {PAGE}')
+        self.shape, self.num_blocks, self.block_size = shape, num_blocks, block_size
+        self.format = format or Fp(dtype)
+        blocks = num_blocks + 1
+        self.pool = torch.zeros(blocks * shape.bytes_per_block(block_size, self.format), dtype=torch.uint8, device=device)
+        planes = self.format.tensors(block_size, shape.kv_heads, shape.head_dim)
+        self._layers, start = [], 0
+        for _ in range(shape.num_layers):
+            views = {}
+            for name, plane in planes.items():
+                raw = self.pool[start : start + blocks * plane.nbytes]
+                views[name] = raw.view(plane.dtype).view(blocks, *plane.shape)
+                start += blocks * plane.nbytes
+            self._layers.append(KVLayer(**views))
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.numel()
+
+    def layer(self, index: int) -> KVLayer:
+        return self._layers[index]

@@ -1,0 +1,165 @@
+"""The decoder: one pre-norm transformer for every architecture that a DecoderSpec describes.
+
+Life: built from spec and Build, then :meth:`Decoder.load` once, then any number of calls. It keeps no state between
+calls: everything about a step comes in the batch, everything about the past lies in the cache.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from lmdeploy.attention.backend import AttentionCase, choose
+from lmdeploy.config.model import SLIDING
+from lmdeploy.kv.cache import KVCache, KVLayer, KVShape
+from lmdeploy.models.spec import DecoderSpec, Names
+from lmdeploy.nn.attention import Attention, AttentionShape
+from lmdeploy.nn.build import Build
+from lmdeploy.nn.embedding import Embedding, LMHead
+from lmdeploy.nn.linear import read_bundle
+from lmdeploy.nn.mlp import GatedMLP
+from lmdeploy.nn.norm import RMSNorm
+from lmdeploy.nn.rotary import Rotary
+from lmdeploy.quant.rows import take_outputs
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.weights.checkpoint import Prefix
+
+
+class DecoderLayer:
+    """Attention and MLP, each between a norm and the residual stream."""
+
+    def __init__(self, build: Build, spec: DecoderSpec, attention: Attention) -> None:
+        config = spec.config
+        self.attention = attention
+        self.mlp = GatedMLP(build, config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(build, config.hidden_size, config.rms_norm_eps, spec.norm_plus_one)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_post_norm = norm() if spec.post_norms else None
+
+    def __call__(self, x: Tensor | None, residual: Tensor, tables: tuple[Tensor, Tensor], kv: KVLayer,
+                 batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``residual`` is the stream; ``x`` what the layer before adds to it (None: nothing yet)."""
+        if x is None:
+            x = self.attention_norm(residual)
+        else:
+            x, residual = self.attention_norm.add(x, residual)
+        x = self.attention(x, tables, kv, batch)
+        if self.attention_post_norm is not None:
+            x = self.attention_post_norm(x)
+        x, residual = self.mlp_norm.add(x, residual)
+        x = self.mlp(x)
+        return (x if self.mlp_post_norm is None else self.mlp_post_norm(x)), residual
+
+    def load(self, prefix: Prefix, names: Names) -> None:
+        attention, mlp = prefix.child(names.attention), prefix.child(names.mlp)
+        if names.packed_qkv:
+            load_packed_qkv(self.attention, attention.child(names.packed_qkv))
+        else:
+            self.attention.qkv.load(*(attention.child(name) for name in names.qkv))
+        self.attention.o.load(attention.child(names.o))
+        if self.attention.q_norm is not None:
+            self.attention.q_norm.load(attention.child('q_norm'))
+            self.attention.k_norm.load(attention.child('k_norm'))
+        self.mlp.gate_up.load(*(mlp.child(name) for name in names.gate_up))
+        self.mlp.down.load(mlp.child(names.down))
+        self.attention_norm.load(prefix.child(names.attention_norm))
+        self.mlp_norm.load(prefix.child(names.mlp_norm))
+        if self.attention_post_norm is not None:
+            self.attention_post_norm.load(prefix.child(names.attention_post_norm))
+            self.mlp_post_norm.load(prefix.child(names.mlp_post_norm))
+
+
+class Decoder:
+    """A causal language model; see the module."""
+
+    def __init__(self, spec: DecoderSpec, build: Build) -> None:
+        config = spec.config
+        self.spec, self.config, self.build = spec, config, build
+        self.kv_shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim)
+        windows = [config.sliding_window if kind == SLIDING else 0 for kind in config.layer_types]
+        self.case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim, tuple(sorted(set(windows))))
+        self.attention = choose(build.device, build.dtype, self.case)
+        ropes = [config.local_rope if kind == SLIDING else config.rope for kind in config.layer_types]
+        distinct = list(dict.fromkeys(ropes))
+        self.ropes = [Rotary(rope, build.device) for rope in distinct]
+        self.layer_ropes = [distinct.index(rope) for rope in ropes]
+        self.embedding = Embedding(build, config.vocab_size, config.hidden_size, spec.embedding_scale)
+        self.layers = [DecoderLayer(build, spec, self._attention(window)) for window in windows]
+        self.norm = RMSNorm(build, config.hidden_size, config.rms_norm_eps, spec.norm_plus_one)
+        self.head = LMHead(build, config.vocab_size, config.hidden_size)
+
+    def load(self, prefix: Prefix) -> None:
+        """Pull every tensor from the checkpoint whose top is ``prefix``.
+
+        Raises:
+            LoadError: LMD-132, LMD-133: a tensor is missing or has the wrong shape. The caller asks the checkpoint for
+                leftovers, see :attr:`ignore`.
+        """
+        names = self.spec.names
+        body = prefix.child(next((root for root in names.roots if prefix.has(root)), names.roots[0]))
+        self.embedding.load(body.child(names.embedding))
+        for i, layer in enumerate(self.layers):
+            layer.load(body.child(f'{names.layers}.{i}'), names)
+        self.norm.load(body.child(names.final_norm))
+        head = next((head for head in names.heads if prefix.has(head)), names.heads[0])
+        if self.config.tie_word_embeddings:
+            self.head.tie(self.embedding)
+        else:
+            self.head.load(prefix.child(head))
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """Patterns of tensors that a checkpoint may hold and this model does not need; for ``Checkpoint.finish``."""
+        names = self.spec.names
+        tied = tuple(rf'^{re.escape(head)}\.' for head in names.heads) if self.config.tie_word_embeddings else ()
+        return names.ignore + tied
+
+    def prepare(self, batch: ForwardBatch, kv: KVCache) -> None:
+        """Put the attention backend's data for this step into the batch, if it is not there yet."""
+        if batch.plan is None:
+            batch.plan = self.attention.prepare(self.case, batch, kv)
+
+    @torch.inference_mode()
+    def __call__(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Write the step's keys and values into ``kv`` and return the hidden states ``[T, hidden]``, normalised."""
+        self.prepare(batch, kv)
+        tables = [rotary(batch.positions) for rotary in self.ropes]
+        x, residual = None, self.embedding(batch.token_ids)
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, tables[self.layer_ropes[i]], kv.layer(i), batch)
+        return self.norm.add(x, residual)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[R, hidden]`` to ``[R, vocab] float32``."""
+        return self.head(hidden)
+
+    def choices(self) -> dict[str, str]:
+        """What was chosen for this device, for the start line; after :meth:`load`."""
+        kernel = self.layers[0].mlp.down.kernel
+        return {'attention': self.attention.name, 'linear': kernel.name if kernel is not None else ''}
+
+    def _attention(self, window: int) -> Attention:
+        spec, config = self.spec, self.config
+        shape = AttentionShape(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            scale=config.attention_scalar**-0.5, window=window, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
+            qk_norm=spec.qk_norm, norm_plus_one=spec.norm_plus_one, eps=config.rms_norm_eps,
+        )  # fmt: skip
+        return Attention(self.build, shape, self.attention)
+
+
+def load_packed_qkv(attention: Attention, prefix: Prefix) -> None:
+    """Load q, k and v from one tensor whose rows are grouped by key head: its query heads, its key, its value."""
+    shape, linear = attention.shape, attention.qkv
+    bundle = read_bundle(linear.build, prefix, linear.in_features, sum(linear.out_features), linear.bias)
+    group = shape.heads // shape.kv_heads
+    rows = torch.arange(bundle.out_features).view(shape.kv_heads, group + 2, shape.head_dim)
+    index = torch.cat((rows[:, :group].flatten(), rows[:, group].flatten(), rows[:, group + 1].flatten()))
+    linear.set(take_outputs(bundle, index))

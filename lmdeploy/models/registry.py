@@ -1,0 +1,61 @@
+"""From the name of an architecture to its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from lmdeploy.config.model import ModelConfig
+from lmdeploy.errors import ConfigError
+from lmdeploy.kv.cache import KVCache, KVShape
+from lmdeploy.models import gemma3, internlm2, internlm3, llama, mistral, qwen2, qwen3
+from lmdeploy.models.decoder import Decoder
+from lmdeploy.models.spec import DecoderSpec
+from lmdeploy.nn.build import Build
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.weights.checkpoint import Prefix
+
+
+class CausalLM(Protocol):
+    """What the runner knows of a model."""
+
+    spec: DecoderSpec
+    config: ModelConfig
+    kv_shape: KVShape
+    ignore: tuple[str, ...]
+
+    def load(self, prefix: Prefix) -> None: ...
+
+    def prepare(self, batch: ForwardBatch, kv: KVCache) -> None: ...
+
+    def __call__(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def choices(self) -> dict[str, str]: ...
+
+
+SPECS: dict[str, Callable[[ModelConfig], DecoderSpec]] = {
+    'LlamaForCausalLM': llama.spec,
+    'Qwen2ForCausalLM': qwen2.spec,
+    'Qwen3ForCausalLM': qwen3.spec,
+    'MistralForCausalLM': mistral.spec,
+    'InternLM2ForCausalLM': internlm2.spec,
+    'InternLM3ForCausalLM': internlm3.spec,
+    'Gemma3ForCausalLM': gemma3.spec,
+    'Gemma3ForConditionalGeneration': gemma3.spec,
+}
+
+
+def build_model(config: ModelConfig, build: Build) -> CausalLM:
+    """The model of ``config``, without weights.
+
+    Raises:
+        ConfigError: LMD-110: no such architecture; lists those there are.
+    """
+    spec = SPECS.get(config.architecture)
+    if spec is None:
+        raise ConfigError('LMD-110', architecture=config.architecture, known=', '.join(sorted(SPECS)))
+    return Decoder(spec(config), build)

@@ -1,0 +1,68 @@
+"""Attention: one layer's self-attention over the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lmdeploy.attention.backend import AttentionBackend
+from lmdeploy.kv.cache import KVLayer
+from lmdeploy.nn.build import Build
+from lmdeploy.nn.linear import Linear
+from lmdeploy.nn.norm import RMSNorm
+from lmdeploy.ops.rope import rope
+from lmdeploy.parallel.split import Split
+from lmdeploy.runner.batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The constants of one layer.
+
+    Attributes:
+        scale: factor of the scores.
+        window: tokens that a query sees, itself included; 0 means all.
+        qk_norm: queries and keys are normalised per head, with weights that store their difference from 1 if
+            ``norm_plus_one``.
+    """
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    norm_plus_one: bool = False
+    eps: float = 1e-6
+
+
+class Attention:
+    """q, k and v as one linear, optional norms, rotation, the backend, and the output linear."""
+
+    def __init__(self, build: Build, shape: AttentionShape, backend: AttentionBackend) -> None:
+        self.shape, self.backend = shape, backend
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.qkv = Linear(build, shape.hidden_size, (q, kv, kv), shape.qkv_bias, Split.OUT)
+        self.o = Linear(build, q, (shape.hidden_size,), shape.o_bias, Split.IN)
+        self.q_norm = self.k_norm = None
+        if shape.qk_norm:
+            self.q_norm = RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one)
+            self.k_norm = RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one)
+
+    def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: KVLayer, batch: ForwardBatch) -> Tensor:
+        """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
+        shape = self.shape
+        qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        turned = shape.heads + shape.kv_heads
+        if self.q_norm is None:
+            qk = rope(qkv[:, :turned], *tables)
+            q, k = qk[:, : shape.heads], qk[:, shape.heads :]
+        else:
+            q = rope(self.q_norm(qkv[:, : shape.heads]), *tables)
+            k = rope(self.k_norm(qkv[:, shape.heads : turned]), *tables)
+        out = self.backend.run(q, k, qkv[:, turned:], layer, batch, shape.scale, shape.window)
+        return self.o(out.view(x.shape[0], -1))

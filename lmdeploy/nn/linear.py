@@ -1,0 +1,71 @@
+"""Linear: the one linear layer. How it is stored, multiplied and split are three separate choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lmdeploy.errors import LoadError
+from lmdeploy.nn.build import Build
+from lmdeploy.parallel.split import Split
+from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.kernels import KernelCase, LinearKernel, choose_kernel
+from lmdeploy.quant.rows import join
+from lmdeploy.weights.checkpoint import Prefix
+
+
+class Linear:
+    """``y = x @ W + b`` for ``x [T, in]``, made of one or several parts whose outputs lie side by side.
+
+    Args:
+        in_features: width of x.
+        out_features: width of each part.
+        bias: whether the checkpoint must hold a bias for every part; where it must not, one that is there is used.
+        split: how the layer is divided over the ranks.
+    """
+
+    def __init__(self, build: Build, in_features: int, out_features: Sequence[int], bias: bool = False,
+                 split: Split = Split.NONE) -> None:  # fmt: skip
+        self.build = build
+        self.in_features, self.out_features = in_features, tuple(out_features)
+        self.bias, self.split = bias, split
+        self.kernel: LinearKernel | None = None
+        self._packed: Any = None
+
+    def load(self, *prefixes: Prefix) -> None:
+        """Pull the parts, in their order, from the checkpoint.
+
+        Raises:
+            LoadError: a tensor is missing or has the wrong shape.
+        """
+        parts = [read_bundle(self.build, prefix, self.in_features, out, self.bias)
+                 for prefix, out in zip(prefixes, self.out_features, strict=True)]  # fmt: skip
+        self.set(join(parts))
+
+    def set(self, bundle: LinearBundle) -> None:
+        """Take a bundle as this layer's parameters; it is given to the kernel and not kept."""
+        case = KernelCase(bundle.scheme, self.build.dtype, self.build.device)
+        self.kernel = choose_kernel(case)
+        self._packed = self.kernel.pack(bundle, case)
+        self._apply = self.kernel.apply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._apply(x, self._packed)
+        return self.build.group.all_reduce(y) if self.split is Split.IN else y
+
+
+def read_bundle(build: Build, prefix: Prefix, in_features: int, out_features: int, bias: bool) -> LinearBundle:
+    """One linear layer from a checkpoint, with its shape checked.
+
+    Raises:
+        LoadError: LMD-132 missing weight or bias, LMD-133 wrong shape.
+    """
+    bundle = build.policy.format(prefix).load(prefix, build.dtype)
+    found, wanted = [bundle.out_features, bundle.in_features], [out_features, in_features]
+    if found != wanted:
+        raise LoadError('LMD-133', tensor=f'{prefix.path}.weight', file=prefix.checkpoint.path, found=found, wanted=wanted)
+    if bias and bundle.bias is None:
+        raise LoadError('LMD-132', tensor=f'{prefix.path}.bias', file=prefix.checkpoint.path)
+    return bundle

@@ -1,0 +1,32 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lmdeploy.nn.build import Build
+from lmdeploy.ops.norm import add_rms_norm, rms_norm
+from lmdeploy.weights.checkpoint import Prefix
+
+
+class RMSNorm:
+    """RMS norm over the last ``size`` channels.
+
+    ``plus_one``: the checkpoint stores the weight's difference from 1; the sum is kept in float32, where it is exact
+    enough.
+    """
+
+    def __init__(self, build: Build, size: int, eps: float, plus_one: bool = False) -> None:
+        self.build, self.size, self.eps, self.plus_one = build, size, eps, plus_one
+        self.weight: Tensor
+
+    def load(self, prefix: Prefix) -> None:
+        weight = prefix.get('weight', (self.size,), self.build.dtype)
+        self.weight = (weight.float() + 1.0 if self.plus_one else weight).to(self.build.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``(norm(x + residual), x + residual)``."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,0 +1,117 @@
+"""Paged attention on the CPU: batched products of query tiles with spans of keys, joined in a fixed order.
+
+The order in which a query's sums run depends on its position alone (see :mod:`lmdeploy.ops.cpu.spans`), so its
+result has the same bits in a decode step, in a prefill chunk of any size, and beside any other rows. The products run
+in float32, whose batched form is bit-stable for row counts that are multiples of 8 and for trailing zeros within 256
+summands; a test states both facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kv.cache import PAGE
+from lmdeploy.ops.cpu.spans import Chunk, Leaf, Node, Shape, build_chunks
+from lmdeploy.ops.paged_attention import paged_attention
+
+NEVER = -1e30  # the score of a hidden key: exp(NEVER - anything) is exactly 0, and nothing becomes NaN
+
+Partial = tuple[Tensor, Tensor]  # result [tiles, kv_heads, rows, D] and log-sum-exp [tiles, kv_heads, rows] so far
+
+
+def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk], scale: float, dtype: torch.dtype) -> Tensor:
+    """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``."""
+    tokens, heads, dim = q.shape
+    kv_heads = k_pages.shape[1]
+    q = q.float() * scale
+    whole = len(chunks) == 1 and chunks[0].queries is None and len(chunks[0].tokens) == tokens
+    out = None if whole else q.new_zeros(tokens, heads, dim, dtype=dtype)
+    for chunk in chunks:
+        tiles = _tiles(q, chunk, kv_heads)
+        result, _ = _evaluate(chunk.root, tiles, k_pages, v_pages, isinstance(chunk.root, tuple))
+        used = chunk.size * (heads // kv_heads)
+        result = result[:, :, :used].view(chunk.count, kv_heads, chunk.size, -1, dim).transpose(1, 2)
+        result = result.reshape(-1, heads, dim)
+        if out is None:
+            return result.to(dtype)
+        if chunk.filled is not None:
+            result = result.index_select(0, chunk.filled)
+        out.index_copy_(0, chunk.tokens, result.to(dtype))
+    return q.to(dtype) if out is None else out
+
+
+def _tiles(q: Tensor, chunk: Chunk, kv_heads: int) -> Tensor:
+    """``[tiles, kv_heads, rows, D]``: a tile's rows run over its queries, then over the heads of a group."""
+    dim = q.shape[-1]
+    q = q[: chunk.count * chunk.size] if chunk.queries is None else q.index_select(0, chunk.queries)
+    q = q.view(chunk.count, chunk.size, kv_heads, -1, dim).transpose(1, 2)
+    used = chunk.size * q.shape[3]
+    if used == chunk.rows:
+        return q.reshape(chunk.count, kv_heads, used, dim)
+    tiles = q.new_zeros(chunk.count, kv_heads, chunk.rows, dim)
+    tiles[:, :, :used] = q.reshape(chunk.count, kv_heads, used, dim)
+    return tiles
+
+
+def _evaluate(node: Node, tiles: Tensor, k_pages: Tensor, v_pages: Tensor, inner: bool) -> Partial:
+    if isinstance(node, Leaf):
+        return _leaf(node, tiles, k_pages, v_pages, inner)
+    left, right = (_evaluate(child, tiles, k_pages, v_pages, True) for child in node)
+    return _join(torch.stack((left[0], right[0]), 1), torch.stack((left[1], right[1]), 1))
+
+
+def _leaf(leaf: Leaf, tiles: Tensor, k_pages: Tensor, v_pages: Tensor, inner: bool) -> Partial:
+    """All pairs of a leaf. The log-sum-exp is only made where a join needs it (``inner``, or several columns)."""
+    count, kv_heads, rows, dim = tiles.shape
+    q = tiles if leaf.tiles is None else tiles.index_select(0, leaf.tiles)
+    pairs = q.shape[0]
+    k, v = (pages.view(-1, PAGE * dim).index_select(0, leaf.pages).view(-1, leaf.width, dim).float()
+            for pages in (k_pages, v_pages))  # fmt: skip
+    scores = torch.bmm(q.view(-1, rows, dim), k.transpose(1, 2))
+    if leaf.hidden is not None:
+        size = leaf.hidden.shape[2]
+        view = scores.view(pairs, kv_heads, size, rows // size, leaf.width)
+        view[pairs - leaf.hidden.shape[0] :].masked_fill_(leaf.hidden, NEVER)
+    weights = scores.softmax(-1)
+    joined = leaf.columns > 1 or leaf.table is not None
+    if not joined and not inner:
+        return torch.bmm(weights, v).view(count, kv_heads, rows, dim), scores
+    sums = (scores.amax(-1) - weights.amax(-1).log_()).view(pairs, kv_heads, rows)  # the largest weight is 1 / sum
+    if leaf.table is None:
+        result = torch.bmm(weights, v).view(count, leaf.columns, kv_heads, rows, dim)
+        sums = sums.view(count, leaf.columns, kv_heads, rows)
+    else:
+        result = q.new_zeros(pairs + 1, kv_heads, rows, dim)  # the last one stands for a span that a tile does not see
+        torch.bmm(weights, v, out=result[:pairs].view(-1, rows, dim))
+        result = result.index_select(0, leaf.table).view(count, leaf.columns, kv_heads, rows, dim)
+        sums = torch.cat((sums, sums.new_full((1, kv_heads, rows), NEVER)))
+        sums = sums.index_select(0, leaf.table).view(count, leaf.columns, kv_heads, rows)
+    return _join(result, sums) if joined else (result[:, 0], sums[:, 0])
+
+
+def _join(result: Tensor, sums: Tensor) -> Partial:
+    """Join partial results ``[tiles, n, kv_heads, rows, D]`` and their log-sum-exps over n."""
+    top = sums.amax(1, keepdim=True)
+    weights = (sums - top).exp_()
+    total = _tree_sum(weights)
+    return _tree_sum(result * weights[..., None]).div_(total[..., None]), total.log().add_(top[:, 0])
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """The sum over dimension 1 in a binary tree of neighbours: zeros at the end change no bit."""
+    while x.shape[1] > 1:
+        even = x.shape[1] // 2 * 2
+        pairs = x[:, 0:even:2] + x[:, 1:even:2]
+        x = pairs if even == x.shape[1] else torch.cat((pairs, x[:, even:]), 1)
+    return x[:, 0]
+
+
+@paged_attention.impl('cpu')
+def span_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_start: Sequence[int],
+                   kv_lens: Sequence[int], scale: float, window: int) -> Tensor:  # fmt: skip
+    shape = Shape(q.shape[1], k_pages.shape[1], q.shape[2], k_pages.shape[2])
+    chunks = build_chunks(list(query_start), list(kv_lens), block_table, shape, window)
+    return attend(q, k_pages, v_pages, chunks, scale, q.dtype)

@@ -1,0 +1,28 @@
+"""Cache writes as one row copy per plane."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmdeploy.ops.write_kv import write_kv
+
+
+def row_index(slots: Tensor, kv_heads: int, block_size: int) -> Tensor:
+    """``[T * kv_heads] int64``: where the rows of D channels lie in a plane flattened to ``[rows, D]``."""
+    block = torch.div(slots, block_size, rounding_mode='floor')
+    heads = torch.arange(kv_heads, device=slots.device)
+    return ((block[:, None] * kv_heads + heads) * block_size + (slots - block * block_size)[:, None]).flatten()
+
+
+def write_rows(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, index: Tensor) -> None:
+    """As :func:`write_kv`, with the rows of :func:`row_index`."""
+    dim = k.shape[-1]
+    for new, pages in ((k, k_pages), (v, v_pages)):
+        rows = torch.nan_to_num(new, 0.0, 0.0, 0.0).to(pages.dtype).view(-1, dim)
+        pages.view(-1, dim).index_copy_(0, index, rows)
+
+
+@write_kv.impl('cpu')
+def write_kv_rows(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    write_rows(k, v, k_pages, v_pages, row_index(slots, *k_pages.shape[1:3]))

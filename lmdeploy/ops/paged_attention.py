@@ -1,0 +1,45 @@
+"""Attention of a step's queries over the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lmdeploy.ops.table import op
+
+
+@op
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_start: Sequence[int],
+                    kv_lens: Sequence[int], scale: float, window: int) -> Tensor:
+    """Causal attention: row i's n queries are the last n of its ``kv_lens[i]`` cached tokens.
+
+    Args:
+        q: ``[T, heads, D]``; heads is a multiple of kv_heads, query head h reads key head ``h // (heads/kv_heads)``.
+        k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``.
+        block_table: ``[B, max_blocks] int32``.
+        query_start: ``[B+1]`` host integers; tokens past the last one are padding and give 0.
+        kv_lens: ``[B]`` host integers.
+        scale: factor of the scores.
+        window: a query sees itself and the ``window - 1`` tokens before it; 0 means all.
+
+    Returns:
+        ``[T, heads, D]`` of q's dtype, computed in float32.
+    """
+    heads, dim = q.shape[1:]
+    kv_heads, block_size = k_pages.shape[1:3]
+    out = torch.zeros_like(q)
+    for row, kv_len in enumerate(kv_lens):
+        first, last = query_start[row], query_start[row + 1]
+        blocks = block_table[row, : -(-kv_len // block_size)].long()
+        k, v = (pages[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :kv_len].float()
+                for pages in (k_pages, v_pages))
+        queries = q[first:last].float().view(last - first, kv_heads, heads // kv_heads, dim)
+        scores = torch.einsum('tkgd,ksd->tkgs', queries, k) * scale
+        at = torch.arange(kv_len - (last - first), kv_len, device=q.device)[:, None]
+        key = torch.arange(kv_len, device=q.device)[None, :]
+        hidden = (key > at) | (key <= at - window) if window else key > at
+        weights = scores.masked_fill_(hidden[:, None, None, :], -torch.inf).softmax(-1)
+        out[first:last] = torch.einsum('tkgs,ksd->tkgd', weights, v).reshape(last - first, heads, dim).to(q.dtype)
+    return out

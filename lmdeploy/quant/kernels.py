@@ -1,0 +1,103 @@
+"""LinearKernel: how a layer's weight is multiplied, chosen by its scheme, type and device.
+
+Candidates are ordered; the first without a reason against it is taken. If all refuse, the error says why each did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmdeploy.errors import ConfigError
+from lmdeploy.ops.cpu import features
+from lmdeploy.ops.cpu import linear as cpu
+from lmdeploy.ops.linear import linear
+from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCase:
+    """What a choice depends on; ``dtype`` is that of the activations."""
+
+    scheme: QuantScheme
+    dtype: torch.dtype
+    device: torch.device
+
+
+class LinearKernel(Protocol):
+    """One way of multiplying. ``pack`` turns a bundle into what ``apply`` wants, on the device, once."""
+
+    name: str
+
+    def refuse(self, case: KernelCase) -> list[str]: ...
+
+    def pack(self, bundle: LinearBundle, case: KernelCase) -> Any: ...
+
+    def apply(self, x: Tensor, packed: Any) -> Tensor: ...
+
+
+class PackedDense:
+    """oneDNN on the CPU, see :mod:`lmdeploy.ops.cpu.linear`."""
+
+    name = 'onednn_packed'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        reasons = []
+        if case.device.type != 'cpu':
+            reasons.append('runs on cpu')
+        if not case.scheme.dense:
+            reasons.append('needs a dense weight')
+        if not features.packed_linear(case.dtype):
+            reasons.append(f'oneDNN does not multiply {case.dtype} here')
+        return reasons
+
+    def pack(self, bundle: LinearBundle, case: KernelCase) -> cpu.PackedWeight:
+        weight, bias = _dense(bundle, case)
+        return cpu.pack(weight, bias)
+
+    def apply(self, x: Tensor, packed: cpu.PackedWeight) -> Tensor:
+        return cpu.packed_linear(x, packed)
+
+
+class Dense:
+    """torch's own product, on any device."""
+
+    name = 'torch'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        return [] if case.scheme.dense else ['needs a dense weight']
+
+    def pack(self, bundle: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:
+        return _dense(bundle, case)
+
+    def apply(self, x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+        return linear(x, *packed)
+
+
+CANDIDATES: list[LinearKernel] = [PackedDense(), Dense()]
+
+
+def choose_kernel(case: KernelCase) -> LinearKernel:
+    """The first kernel that does not refuse.
+
+    Raises:
+        ConfigError: LMD-118, with every candidate's reasons.
+    """
+    reasons = []
+    for kernel in CANDIDATES:
+        against = kernel.refuse(case)
+        if not against:
+            return kernel
+        reasons.append(f'{kernel.name}: {", ".join(against)}')
+    raise ConfigError('LMD-118', scheme=case.scheme.name, device=case.device, reasons='; '.join(reasons))
+
+
+def _dense(bundle: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:
+    if bundle.weight is None:
+        raise TypeError(f'a bundle of scheme {bundle.scheme.name} has no dense weight')
+    bias = bundle.bias
+    return bundle.weight.to(case.device, case.dtype), None if bias is None else bias.to(case.device, case.dtype)
