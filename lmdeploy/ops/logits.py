@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmdeploy.ops.table import op
+
 _BLOCK = 64
 
 
+@op
 def contain_non_finite(logits: Tensor) -> Tensor:
     """``[R] bool``: the rows without NaN or infinity; the others are filled with 0, so that all that follows is defined.
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmdeploy.ops.table import op
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -45,17 +47,20 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+@op
 def greedy(logits: Tensor) -> Tensor:
     """``[R, V] float32 -> [R] int64``."""
     return logits.argmax(-1)
 
 
+@op
 def ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``[R, V] float32`` -> the k best ``(values [R, k] float32, ids [R, k] int64)``."""
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
 
 
+@op
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token per row.
 
@@ -70,7 +75,7 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     vocab = logits.shape[-1]
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     cut = truncates(top_k, top_p, min_p, vocab)[:, None]
-    values, ids = ranked(scaled, vocab)
+    values, ids = ranked.reference(scaled, vocab)
     weights = torch.where(cut, values, scaled).exp()
     sums = weights.cumsum(-1, dtype=torch.float64)
     limit = limits(top_k, vocab)

@@ -20,6 +20,9 @@ from torch import Tensor
 from lmdeploy.engine.plan import OpenSlot
 from lmdeploy.engine.sampling import SamplingParams
 
+# which positions' logits or hidden states a request wants to see
+ROWS_NONE, ROWS_GENERATION, ROWS_ALL = 0, 1, 2
+_ROWS = {None: ROWS_NONE, 'generation': ROWS_GENERATION, 'all': ROWS_ALL}
 _NO_IDS = np.zeros(0, np.int64)
 _NO_VALUES = np.zeros(0, np.float32)
 
@@ -72,8 +75,8 @@ class SlotTable:
         self.has_bad_sequences = np.zeros(slots, bool)
         self.has_processors = np.zeros(slots, bool)
         self.keeps_history = np.zeros(slots, bool)
-        self.wants_logits = np.zeros(slots, bool)
-        self.wants_hidden = np.zeros(slots, bool)
+        self.logit_rows = np.zeros(slots, np.uint8)  # ROWS_NONE | ROWS_GENERATION | ROWS_ALL
+        self.hidden_rows = np.zeros(slots, np.uint8)
         self.extras: list[SlotExtras | None] = [None] * slots
 
     def open(self, request: OpenSlot) -> None:
@@ -90,7 +93,7 @@ class SlotTable:
         self.prompt_len[slot] = request.prompt_len
         self.min_new_tokens[slot] = params.min_new_tokens
         self.logprobs[slot] = params.logprobs
-        self.wants_logits[slot], self.wants_hidden[slot] = bool(params.output_logits), bool(params.output_hidden)
+        self.logit_rows[slot], self.hidden_rows[slot] = _ROWS[params.output_logits], _ROWS[params.output_hidden]
         extras = self.extras[slot] = _extras(params)
         self.has_bias[slot] = len(extras.bias_ids) > 0
         self.has_bans[slot] = len(extras.banned_ids) > 0

@@ -1,0 +1,61 @@
+"""LocalExecutor: one rank, in this process and thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdeploy.config.engine import EngineConfig
+from lmdeploy.config.model import ModelConfig
+from lmdeploy.engine.plan import StepPlan
+from lmdeploy.executor.base import Capacity
+from lmdeploy.runner.handle import Launched
+from lmdeploy.runner.model_runner import ModelRunner
+from lmdeploy.weights.checkpoint import Checkpoint
+
+
+class LocalExecutor:
+    """Implements :class:`~lmdeploy.executor.base.Executor`. A step on a CPU has run when ``launch`` returns.
+
+    Args:
+        engine_config: what the user asked for.
+        model_files_path: model folder or ``.gguf`` file.
+        model_config, checkpoint: those of the path, where they are open already.
+    """
+
+    def __init__(self, engine_config: EngineConfig, model_files_path: Path, *, model_config: ModelConfig | None = None,
+                 checkpoint: Checkpoint | None = None) -> None:
+        self._runner = ModelRunner(engine_config, model_files_path, model_config=model_config, checkpoint=checkpoint)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape; after :meth:`start`."""
+        return self._runner.model_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's generation_config.json, or ``{}``; after :meth:`start`."""
+        return self._runner.generation_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations; after :meth:`start`."""
+        return self._runner.dtype
+
+    def start(self) -> Capacity:
+        """See :meth:`ModelRunner.start`."""
+        return self._runner.start()
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Start a step; what it raises at once, it raises here."""
+        return self._runner.run(plan)
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        """Call a method of the runner; a list of one."""
+        return [getattr(self._runner, name)(*args)]
+
+    def stop(self) -> None:
+        """Release the model and its cache; safe to call twice."""
+        self._runner.stop()

@@ -1,0 +1,278 @@
+"""ModelRunner: one rank's device side, from a plan to a launched step.
+
+Life: ``start`` (read headers, share out memory, load, allocate), then ``run`` for every step in order, then ``stop``.
+A step: slots change, inputs are built, the model runs, the wanted positions give logits, tokens are drawn.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmdeploy.config.engine import EngineConfig
+from lmdeploy.config.model import ModelConfig
+from lmdeploy.engine.plan import OUTPUT_NONE, StepPlan
+from lmdeploy.errors import ConfigError, EngineDead
+from lmdeploy.executor.base import Capacity
+from lmdeploy.kv.cache import KVCache
+from lmdeploy.log import get_logger
+from lmdeploy.models.registry import CausalLM, build_model
+from lmdeploy.nn.build import Build
+from lmdeploy.ops.cpu.features import auto_dtype
+from lmdeploy.runner import inputs
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.handle import Launched
+from lmdeploy.runner.host import limit_threads
+from lmdeploy.runner.memory import MemoryPlan, measure, name_of, plan_memory
+from lmdeploy.runner.sampler import Sampler, Sites
+from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
+from lmdeploy.weights.checkpoint import Checkpoint, open_checkpoint
+
+T = TypeVar('T')
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DEVICE_DTYPES = {'cpu': ('float32', 'bfloat16'), 'cuda': ('float32', 'bfloat16', 'float16')}
+
+
+class ModelRunner:
+    """Holds model, KV cache and slots on one device.
+
+    Args:
+        engine: what the user asked for.
+        path: model folder or ``.gguf`` file.
+        model_config, checkpoint: those of ``path``, where they are open already.
+
+    Attributes:
+        model_config, dtype, device, generation_config, plan: known after :meth:`start`.
+    """
+
+    def __init__(self, engine: EngineConfig, path: Path, *, model_config: ModelConfig | None = None,
+                 checkpoint: Checkpoint | None = None) -> None:
+        self.engine, self.path = engine, path
+        self._given_config, self._given_checkpoint = model_config, checkpoint
+        self.model_config: ModelConfig
+        self.generation_config: dict
+        self.dtype: torch.dtype
+        self.device: torch.device
+        self.plan: MemoryPlan
+        self.model: CausalLM
+        self.kv: KVCache
+        self.slots: SlotTable
+        self.sampler: Sampler
+
+    @torch.inference_mode()
+    def start(self) -> Capacity:
+        """Load the model and allocate its cache; what cannot work is refused before a weight is read.
+
+        Raises:
+            ConfigError, LoadError: what is wrong with the options, the model, or the memory.
+        """
+        checkpoint = self._given_checkpoint or open_checkpoint(self.path)
+        try:
+            self._prepare(checkpoint)
+            self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
+            self.model.load(checkpoint.prefix())
+            checkpoint.finish(self.model.spec.names.ignore)
+        finally:
+            checkpoint.close()
+        if self.device.type != 'cpu':  # what the weights really took is known now
+            self.plan = plan_memory(self._sized(), self.model_config, self.dtype, measure(self.device), weights=0)
+        plan = self.plan
+        self.kv = KVCache(self.model.kv_shape, plan.num_blocks, self.engine.block_size, self.dtype, self.device)
+        self.slots = SlotTable(plan.max_batch_size, plan.session_len, self.engine.block_size, self.device)
+        self.sampler = Sampler(self.slots)
+        if self.engine.runner == 'graph':
+            get_logger().info('the graph runner is not used on %s: the eager runner is', self.device.type)
+        return Capacity(
+            num_blocks=plan.num_blocks,
+            block_size=self.engine.block_size,
+            max_batch_size=plan.max_batch_size,
+            max_step_tokens=plan.max_step_tokens,
+            session_len=plan.session_len,
+            vocab_size=self.model_config.vocab_size,
+            kv_bytes=self.kv.nbytes,
+            device=self.device.type,
+            choices=self._choices(),
+        )
+
+    def stop(self) -> None:
+        """Let go of model and cache; safe to call twice."""
+        for name in ('model', 'kv', 'slots', 'sampler'):
+            self.__dict__.pop(name, None)
+        gc.collect()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Launched:
+        """Launch a step; on a CPU it has run when this returns.
+
+        Raises:
+            EngineDead: LMD-207: memory ran out, twice.
+        """
+        for slot in plan.closed:
+            self.slots.close(slot)
+        for request in plan.opened:
+            self.slots.open(request)
+        if not plan.rows:
+            return Launched(plan.step, 0, np.zeros(0, np.int64), None, None).send()
+        self.slots.append(plan.slots, plan.block_start, plan.blocks)
+        batch, outputs = inputs.build(plan, self.slots)
+        return self._with_memory(plan.num_tokens, lambda: self._step(plan, batch, outputs))
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, checkpoint: Checkpoint) -> None:
+        """Everything that can be refused without reading a weight."""
+        engine = self.engine
+        config = self._given_config or self._read_config(checkpoint, engine.session_len)
+        self.generation_config = checkpoint.generation_config
+        self.device = choose_device(engine.device)
+        self.dtype = choose_dtype(engine.dtype, self.device, config.dtype_name)
+        self.threads = limit_threads()
+        self.plan = plan_memory(engine, config, self.dtype, measure(self.device))
+        if self.plan.session_len != (engine.session_len or config.context_len):
+            get_logger().warning(
+                'session_len is %d: the KV cache does not hold the %d tokens that the model could read',
+                self.plan.session_len, config.context_len)  # fmt: skip
+            config = self._given_config or self._read_config(checkpoint, self.plan.session_len)
+        elif self.plan.session_len > config.context_len and config.rope.length <= config.context_len:
+            get_logger().warning('session_len=%d is more than the %d tokens that the model was made for',
+                                 self.plan.session_len, config.context_len)  # fmt: skip
+        self.model_config = config
+
+    def _read_config(self, checkpoint: Checkpoint, session_len: int | None) -> ModelConfig:
+        return ModelConfig.from_dict(checkpoint.config, session_len=session_len,
+                                     rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
+
+    def _sized(self) -> EngineConfig:
+        """The options with the session length fixed, which the model was built for."""
+        return replace(self.engine, session_len=self.plan.session_len)
+
+    def _choices(self) -> dict[str, str]:
+        chosen = {'runner': 'eager', 'dtype': name_of(self.dtype)} | self.model.choices()
+        if self.device.type == 'cpu':
+            chosen['threads'] = str(self.threads)
+        return chosen
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _step(self, plan: StepPlan, batch: ForwardBatch, outputs: inputs.Outputs) -> Launched:
+        hidden = self.model(batch, self.kv)
+        launched = Launched(plan.step, plan.rows, np.zeros(0, np.int64), None, None)
+        if not len(outputs.rows):
+            return launched.send()
+        out = hidden[batch.output_rows]
+        drawn = np.zeros(len(outputs.rows), bool)
+        drawn[outputs.sampled] = True
+        for row, at in self._wanted(plan, outputs, drawn, self.slots.hidden_rows[plan.slots]):
+            launched.hidden[row] = out[at].float()
+        logit_rows = self.slots.logit_rows[plan.slots]
+        computed = np.flatnonzero(drawn | (logit_rows == ROWS_ALL)[outputs.rows])
+        if not len(computed):
+            return launched.send()
+        everything = len(computed) == len(outputs.rows)
+        logits = self.model.logits(out if everything else out[torch.from_numpy(computed).to(self.device)])
+        place = np.zeros(len(outputs.rows), np.int64)
+        place[computed] = np.arange(len(computed))
+        for row, at in self._wanted(plan, outputs, drawn, logit_rows):
+            launched.logits[row] = logits[place[at]]  # a copy: sampling changes logits in place
+        if len(outputs.sampled):
+            if len(outputs.sampled) < len(computed):
+                logits = logits[torch.from_numpy(place[outputs.sampled]).to(self.device)]
+            launched.sampling, launched.sites = _sites(plan, outputs)
+            launched.sampled = self.sampler(logits, launched.sites)
+        return launched.send()
+
+    def _wanted(self, plan: StepPlan, outputs: inputs.Outputs, drawn: np.ndarray,
+                wishes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(row, its outputs to hand back) for the rows that wish to see any: all of them, or those drawn from."""
+        found = []
+        for row in np.flatnonzero((wishes != ROWS_NONE) & (plan.outputs != OUTPUT_NONE)).tolist():
+            at = np.arange(outputs.start[row], outputs.start[row + 1])
+            if wishes[row] != ROWS_ALL:
+                at = at[drawn[at]]
+            if len(at):
+                found.append((row, at))
+        return found
+
+    def _with_memory(self, tokens: int, step: Callable[[], T]) -> T:
+        """Run ``step``; if memory runs out, free what can be freed and try once more."""
+        try:
+            return step()
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            get_logger().warning('memory ran out in a step of %d tokens; trying once more', tokens)
+        gc.collect()
+        if self.device.type != 'cpu':
+            torch.cuda.empty_cache()
+        try:
+            return step()
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise EngineDead('LMD-207', tokens=tokens, cause=str(error).splitlines()[0][:200]) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """``'auto'``: the GPU if there is one.
+
+    Raises:
+        ConfigError: LMD-206: it is not there.
+    """
+    present = torch.cuda.is_available()
+    if name == 'cpu' or (name == 'auto' and not present):
+        return torch.device('cpu')
+    if not present:
+        raise ConfigError('LMD-206', device=name, torch=torch.__version__)
+    return torch.device('cuda', torch.cuda.current_device())
+
+
+def choose_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
+    """The type of weights and activations.
+
+    ``'auto'`` on a CPU is bfloat16 where the processor multiplies it, else float32; on a GPU it is the checkpoint's own
+    16-bit type, and bfloat16 for a checkpoint in float32.
+
+    Raises:
+        ConfigError: LMD-205: this device does not compute in it.
+    """
+    possible = DEVICE_DTYPES[device.type]
+    if name == 'auto':
+        if device.type == 'cpu':
+            return auto_dtype()
+        name = stored if stored in ('bfloat16', 'float16') else 'bfloat16'
+        if name == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = 'float16'
+    if name not in possible:
+        raise ConfigError('LMD-205', dtype=name, device=device.type, choices=', '.join(('auto', *possible)))
+    return DTYPES[name]
+
+
+def _sites(plan: StepPlan, outputs: inputs.Outputs) -> tuple[np.ndarray, Sites]:
+    """The plan's rows that draw, and where."""
+    rows = outputs.rows[outputs.sampled]
+    sampling, counts = np.unique(rows, return_counts=True)
+    tokens = outputs.tokens[outputs.sampled]
+    last = tokens + 1 == plan.query_start[rows + 1]
+    sites = Sites(
+        slots=plan.slots[rows].astype(np.int64),
+        positions=outputs.positions[outputs.sampled],
+        start=np.concatenate([[0], np.cumsum(counts)]),
+        drafts=np.where(last, -1, plan.tokens[np.where(last, tokens, tokens + 1)]).astype(np.int64),
+    )
+    if plan.mask_rows is not None and plan.masks is not None:
+        drawing = np.isin(plan.mask_rows, sampling)
+        sites.masked = sites.start[np.searchsorted(sampling, plan.mask_rows[drawing])]
+        sites.masks = plan.masks[drawing].view(np.int32)
+    return sampling, sites
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
