@@ -113,7 +113,7 @@ def _as_llama(full: tokenizers.Tokenizer, settings: Settings) -> None:
         return
     prefix = settings.add_prefix_space is not False
     scheme = 'never' if not prefix else 'always' if settings.legacy else 'first'
-    full.normalizer = None  # type: ignore[assignment]
+    full.normalizer = None
     full.pre_tokenizer = pre_tokenizers.Metaspace(replacement='\u2581', prepend_scheme=scheme, split=False)
     steps = [decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()]
     full.decoder = decoders.Sequence([*steps, decoders.Strip(content=' ', left=1)] if prefix else steps)
@@ -164,9 +164,10 @@ def _place_after(full: tokenizers.Tokenizer) -> Place:
 
 def _unprefixed(full: tokenizers.Tokenizer, part: str) -> Any:
     """The tokenizer's normalizer or pre-tokenizer without the space that it would put before a text."""
-    donor = {'version': '1.0', 'added_tokens': [], 'model': {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'},
-             'normalizer': None, 'pre_tokenizer': None, 'post_processor': None, 'decoder': None,
-             part: _drop_prefix(_state(getattr(full, part)))}
+    donor: dict[str, Any] = {
+        'version': '1.0', 'model': {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}, 'added_tokens': [],
+        'normalizer': None, 'pre_tokenizer': None, 'post_processor': None, 'decoder': None}
+    donor[part] = _drop_prefix(_state(getattr(full, part)))
     return getattr(tokenizers.Tokenizer.from_str(json.dumps(donor)), part)
 
 

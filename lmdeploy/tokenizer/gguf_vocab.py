@@ -174,7 +174,7 @@ def _byte_level(lists: _Lists, settings: Settings) -> Vocabulary:
 
     name = lists.scalar('tokenizer.ggml.pre', str)
     if name is None:
-        get_logger().warning('%s names no pre-tokenizer; GPT-2\'s is used, which may not be the right one',
+        get_logger().warning("%s names no pre-tokenizer; GPT-2's is used, which may not be the right one",
                              lists.origin)
     pre = PRE_TOKENIZERS.get(name or 'default')
     if pre is None:
@@ -189,14 +189,14 @@ def _byte_level(lists: _Lists, settings: Settings) -> Vocabulary:
     full = tokenizers.Tokenizer(model)
     if pre.nfc:
         full.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), 'isolated') for pattern in pre.splits]
     full.pre_tokenizer = pre_tokenizers.Sequence([
         *steps, pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space), use_regex=False)])
     full.decoder = decoders.ByteLevel()
     full.add_tokens([
         tokenizers.AddedToken(token.content, special=token.special, normalized=False)
-        for token in _added(lists, settings)])
+        for token in _added(lists)])
     if settings.add_bos is None:
         settings.add_bos = pre.add_bos
     return FastVocabulary(full, lists.origin)
@@ -204,7 +204,7 @@ def _byte_level(lists: _Lists, settings: Settings) -> Vocabulary:
 
 def _sentencepiece(lists: _Lists, settings: Settings) -> Vocabulary:
     unknown = lists.role('unknown_token_id')
-    added = _added(lists, settings)
+    added = _added(lists)
     control = {token.id for token in added if token.is_control}
     tokens, types, seen = list(lists.tokens), list(lists.types), set()
     if UNKNOWN not in types:
@@ -222,13 +222,17 @@ def _sentencepiece(lists: _Lists, settings: Settings) -> Vocabulary:
         seen.add(tokens[i])
     if settings.add_bos is None:
         settings.add_bos = True
-    prefix = settings.add_prefix_space is not False
+    prefix = settings.add_prefix_space
+    if prefix is None:
+        prefix = not str(lists.metadata.get('general.architecture')).startswith('gemma')
     return SpmVocabulary(spm_model(tokens, lists.scores, types, prefix), lists.origin, added, prefix_after_added=False)
 
 
-def _added(lists: _Lists, settings: Settings) -> list[AddedToken]:
-    """The tokens matched as whole strings: control, user-defined, and those with a role."""
-    special = set(settings.named.values())
-    return [AddedToken(token, i, special=kind != USER_DEFINED or token in special)
-            for i, (token, kind) in enumerate(zip(lists.tokens, lists.types, strict=True))
-            if token and (kind in (CONTROL, USER_DEFINED) or token in special)]
+def _added(lists: _Lists) -> list[AddedToken]:
+    """The tokens matched as whole strings: those with a role, then control and user-defined ones; each text once."""
+    roles = [lists.role(key) for key in _ROLES.values()]
+    found = {lists.tokens[i]: AddedToken(lists.tokens[i], i) for i in roles if i is not None}
+    for i, (token, kind) in enumerate(zip(lists.tokens, lists.types, strict=True)):
+        if token and kind in (CONTROL, USER_DEFINED):
+            found.setdefault(token, AddedToken(token, i, special=kind == CONTROL))
+    return sorted(found.values(), key=lambda token: token.id)

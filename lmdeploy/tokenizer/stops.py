@@ -46,8 +46,9 @@ class StopFilter:
         state, step, depth, found = self._state, self._automaton.step, self._automaton.depth, self._automaton.found
         for pos, char in enumerate(text):
             state = step(state, char)
-            if found[state] is not None:
-                self.matched = stop = found[state]
+            stop = found[state]
+            if stop is not None:
+                self.matched = stop
                 seen = self._held + text[:pos + 1]
                 self._held = ''
                 return seen if self._include else seen[:len(seen) - len(stop)], stop

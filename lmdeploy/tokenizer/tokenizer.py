@@ -55,7 +55,8 @@ class Tokenizer:
         self.chat_templates = settings.chat_templates
         self.chat_template = next((settings.chat_templates[n] for n in ('default', *settings.chat_templates)
                                    if n in settings.chat_templates), None)
-        _check_rows(self.vocabulary, settings, self.eos_token_ids | {self.bos_token_id, self.pad_token_id} - {None})
+        named = {token for token in (self.bos_token_id, self.pad_token_id) if token is not None}
+        _check_rows(self.vocabulary, settings, self.eos_token_ids | named)
         self._prefix, self._suffix = self._affixes(settings)
         self.add_bos = bool(self._prefix)
         self._texts: list[str] = []
@@ -176,7 +177,7 @@ def _checked(text: str) -> str:
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError('LMD-160', position=error.start, code=ord(text[error.start])) from error
+        raise RequestError('LMD-160', position=error.start, point=ord(text[error.start])) from error
     return text
 
 
