@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmdeploy.kv.format import Fp, KVFormat
 
 PAGE = 64  # tokens per page: block sizes are multiples of it
+_ALIGN = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class KVCache:
         self.shape, self.num_blocks, self.block_size = shape, num_blocks, block_size
         self.format = format or Fp(dtype)
         blocks = num_blocks + 1
-        self.pool = torch.zeros(blocks * shape.bytes_per_block(block_size, self.format), dtype=torch.uint8, device=device)
+        self.pool = _zeros(blocks * shape.bytes_per_block(block_size, self.format), torch.device(device))
         planes = self.format.tensors(block_size, shape.kv_heads, shape.head_dim)
         self._layers, start = [], 0
         for _ in range(shape.num_layers):
@@ -65,3 +67,12 @@ class KVCache:
 
     def layer(self, index: int) -> KVLayer:
         return self._layers[index]
+
+
+def _zeros(nbytes: int, device: torch.device) -> Tensor:
+    """``[nbytes] uint8``. On a CPU the system's own zero pages: memory is taken when a block is first written to."""
+    if device.type != 'cpu':
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    pool = np.zeros(nbytes + _ALIGN, np.uint8)
+    start = -pool.ctypes.data % _ALIGN
+    return torch.from_numpy(pool[start : start + nbytes])
