@@ -18,11 +18,20 @@ sys.path.insert(0, str(ROOT))
 from lmdeploy.texts import AREAS  # noqa: E402 - the checkout's package, not an installed one
 
 HEADS = {
-    'en': '# Error codes\n\nEvery error that a user can meet has a code that stays. `str(error)` is `CODE: English text`; '
-          '`error.text(\'zh\')` is the Chinese text, `error.params` what it names. Below, `{...}` stands for those '
-          'parameters.\n\nThis page is made by `tools/error_pages.py`.\n',
-    'zh': '# 错误码\n\n用户可能遇到的每个错误都有固定的错误码。`str(error)` 为“错误码: 英文说明”；`error.text(\'zh\')` 为中文说明，'
-          '`error.params` 为其中的参数。下表中 `{...}` 表示这些参数。\n\n本页由 `tools/error_pages.py` 生成。\n',
+    'en': """# Error codes
+
+Every error that a user can meet has a code that stays. `str(error)` is `CODE: English text`; `error.text('zh')` is the
+Chinese text, `error.params` what it names. Below, `{...}` stands for those parameters.
+
+This page is made by `tools/error_pages.py`.
+""",
+    'zh': """# 错误码
+
+用户可能遇到的每个错误都有固定的错误码。`str(error)` 为“错误码: 英文说明”；`error.text('zh')` 为中文说明，
+`error.params` 为其中的参数。下表中 `{...}` 表示这些参数。
+
+本页由 `tools/error_pages.py` 生成。
+""",
 }
 COLUMNS = {'en': '| code | text |', 'zh': '| 错误码 | 说明 |'}
 TITLES = {
@@ -46,7 +55,8 @@ def page(lang: str) -> str:
         texts = import_module(f'lmdeploy.texts.{area}').TEXTS
         if texts:
             rows = [f'| {code} | {_cell(texts[code][lang])} |' for code in sorted(texts)]
-            parts.append('\n'.join(['', f'## {TITLES[area][lang == "zh"]}', '', COLUMNS[lang], '| --- | --- |', *rows, '']))
+            title = TITLES[area][lang == 'zh']
+            parts.append('\n'.join(['', f'## {title}', '', COLUMNS[lang], '| --- | --- |', *rows, '']))
     return ''.join(parts)
 
 
