@@ -168,6 +168,8 @@ def _download(where: Repository, wanted: list[RemoteFile], built: Path, old: Pat
 def _fetch_file(where: Repository, item: RemoteFile, path: Path, arrived: Callable[[int], None]) -> None:
     """Bring ``path`` to its full size; what is there already is not fetched again."""
     url = where.url('repo', FilePath=item.name)
+    if not item.sha256:  # then nobody could tell whether an older beginning belongs to this file
+        path.unlink(missing_ok=True)
 
     def attempt() -> None:
         have = path.stat().st_size if path.exists() else 0

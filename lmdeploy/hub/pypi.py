@@ -229,7 +229,7 @@ def last_words(log: str) -> str:
     """The line of pip's output that says best why it failed."""
     lines = [re.sub(r'\x1b\[[0-9;]*m', '', line).strip() for line in log.splitlines()]
     retries = [line for line in lines if 'after connection broken by' in line]
-    errors = [line for line in lines if line.startswith('ERROR:')]
+    errors = [line for line in lines if line.startswith('ERROR:') and not line.endswith('Exception:')]  # its own crash
     others = [line for line in lines if line and not line.startswith(('WARNING:', '[notice]'))]
     chosen = retries or errors or others or ['']  # an unreachable index is told only where pip retries
     words = re.sub(r'^(ERROR|WARNING):\s*(Retrying .* after connection broken by)?\s*', '', chosen[-1])
