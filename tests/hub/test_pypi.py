@@ -218,7 +218,8 @@ def test_pip_says_why_it_failed():
             'ERROR: Could not find a version that satisfies the requirement x\nERROR: No matching distribution\n')
     assert pypi.last_words(dead).startswith('NewConnectionError("refused")')
     assert pypi.last_words('\x1b[31mERROR: in red\x1b[0m') == 'in red'
-    assert pypi.last_words('ERROR: Exception:\nTraceback (most recent call last):\nHTTPError: 500\n') == 'HTTPError: 500'
+    crash = 'ERROR: Exception:\nTraceback (most recent call last):\nHTTPError: 500\n'
+    assert pypi.last_words(crash) == 'HTTPError: 500'
     assert pypi.last_words('Looking\nERROR: a\nERROR: b\n[notice] new pip\n') == 'b'
     assert pypi.last_words('Killed\nWARNING: old\n') == 'Killed'
     assert pypi.last_words('') == 'pip gave no reason'
