@@ -59,6 +59,7 @@ class GGUFConfig:
             'vocab_size': self._vocab_size(),
             'tie_word_embeddings': 'output.weight' not in self._tensors,
             'attention_bias': 'blk.0.attn_q.bias' in self._tensors,
+            'mlp_bias': 'blk.0.ffn_up.bias' in self._tensors,
             'hidden_act': 'silu',
             'torch_dtype': self._dtype_name(),
             'bos_token_id': self._token_id('bos'),
