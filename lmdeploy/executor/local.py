@@ -46,7 +46,19 @@ class LocalExecutor:
 
     def start(self) -> Capacity:
         """See :meth:`ModelRunner.start`."""
-        return self._runner.start()
+        runner = self._runner
+        runner.start()
+        return Capacity(
+            num_blocks=runner.plan.num_blocks,
+            block_size=runner.kv.block_size,
+            max_batch_size=runner.plan.max_batch_size,
+            max_step_tokens=runner.plan.max_step_tokens,
+            session_len=runner.plan.session_len,
+            vocab_size=runner.model_config.vocab_size,
+            kv_bytes=runner.kv.nbytes,
+            device=runner.device.type,
+            choices=runner.choices(),
+        )
 
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; what it raises at once, it raises here."""

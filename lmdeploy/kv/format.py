@@ -24,7 +24,8 @@ class TensorSpec:
 class KVFormat(Protocol):
     """A storage of keys and values. ``tensors`` names the planes of a layer and gives one block's part of each."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def tensors(self, block_size: int, kv_heads: int, head_dim: int) -> dict[str, TensorSpec]: ...
 

@@ -16,7 +16,7 @@ _BLOCK = 64
 
 @op
 def contain_non_finite(logits: Tensor) -> Tensor:
-    """``[R] bool``: the rows without NaN or infinity; the others are filled with 0, so that all that follows is defined.
+    """``[R] bool``: the rows without NaN or infinity; the others are filled with 0, so that what follows is defined.
 
     One reduction tells: a sum of finite float32 logits of any real size is finite.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.engine.plan import OK, Logprobs, StepResult
-from lmdeploy.runner.sampler import Sampled, Sites
+from lmdeploy.runner.sampler import Sampled
 
 
 @dataclass(slots=True)
@@ -40,19 +41,17 @@ class Launched:
     """A step that runs or ran; implements the executor's ``StepHandle``.
 
     Attributes:
-        rows: how many rows the plan has. sampling: ``[b] int64``: the plan's rows that draw tokens.
-        logits: by plan row ``[positions, vocab] float32``; hidden: by plan row ``[positions, hidden] float32``; host
-            tensors once ``bulk`` has arrived.
+        rows: how many rows the plan has.
+        sampled: what was drawn; None: no row drew.
+        logits, hidden: by plan row ``[positions, vocab]`` and ``[positions, hidden]``, float32 on the device.
     """
 
     step: int
     rows: int
-    sampling: np.ndarray
-    sites: Sites | None
-    sampled: Sampled | None
+    sampled: Sampled | None = None
     logits: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    download: Download | None = None
+    _download: Download = field(default_factory=lambda: Download([]))
 
     def send(self) -> Launched:
         """Start the copies to the host."""
@@ -62,47 +61,41 @@ class Launched:
             if (report := self.sampled.logprobs) is not None:
                 tensors += [report.chosen, report.ids, report.values]
         tensors += [*self.logits.values(), *self.hidden.values()]
-        self.download = Download.start(tensors)
+        self._download = Download.start(tensors)
         return self
 
     def result(self) -> StepResult:
         """Wait for the step and put its result together."""
-        tensors = iter(self.download.wait())
-        status = np.zeros(self.rows, np.uint8)
-        counts = np.zeros(self.rows, np.int64)
-        tokens = np.zeros(0, np.int32)
-        logprobs: dict[int, Logprobs] = {}
-        errors: dict[int, str] = {}
-        if self.sampled is not None:
-            drawn, accepted = next(tensors).numpy(), next(tensors).numpy()
-            status[self.sampling], counts[self.sampling] = next(tensors).numpy(), accepted
-            start = self.sites.start
-            row_of = np.repeat(np.arange(len(accepted)), np.diff(start))
-            within = np.arange(len(drawn)) - start[:-1][row_of]
-            tokens = drawn[within < accepted[row_of]].astype(np.int32)
-            if self.sampled.logprobs is not None:
-                logprobs = self._logprobs(*(next(tensors).numpy() for _ in range(3)), row_of, within, accepted)
-            errors = {int(self.sampling[row_of[site]]): text for site, text in self.sampled.errors.items()
-                      if status[self.sampling[row_of[site]]] != OK}
-        return StepResult(
+        tensors = iter(self._download.wait())
+        result = StepResult(
             step=self.step,
-            status=status,
-            token_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-            tokens=tokens,
-            logprobs=logprobs,
-            logits={row: next(tensors) for row in self.logits},
-            hidden={row: next(tensors) for row in self.hidden},
-            errors=errors,
+            status=np.zeros(self.rows, np.uint8),
+            token_start=np.zeros(self.rows + 1, np.int32),
+            tokens=np.zeros(0, np.int32),
         )
+        if self.sampled is not None:
+            _read_tokens(result, self.sampled, tensors)
+        result.logits = {row: next(tensors) for row in self.logits}
+        result.hidden = {row: next(tensors) for row in self.hidden}
+        return result
 
-    def _logprobs(self, chosen: np.ndarray, ids: np.ndarray, values: np.ndarray, row_of: np.ndarray, within: np.ndarray,
-                  accepted: np.ndarray) -> dict[int, Logprobs]:
-        report = self.sampled.logprobs
-        out = {}
-        rows = row_of[report.sites]
-        for row in np.unique(rows).tolist():
-            mine = np.flatnonzero((rows == row) & (within[report.sites] < accepted[row]))
+
+def _read_tokens(result: StepResult, sampled: Sampled, tensors: Iterator[Tensor]) -> None:
+    """Fill in tokens, statuses and log-probabilities from ``tensors``, in the order in which they were sent."""
+    sites = sampled.sites
+    drawn, accepted, status = (next(tensors).numpy() for _ in range(3))
+    counts = np.zeros(len(result.status), np.int64)
+    counts[sites.rows], result.status[sites.rows] = accepted, status
+    np.cumsum(counts, out=result.token_start[1:])
+    row_of = np.repeat(np.arange(len(accepted)), np.diff(sites.start))
+    kept = np.arange(len(drawn)) - sites.start[:-1][row_of] < accepted[row_of]
+    result.tokens = drawn[kept].astype(np.int32)
+    rows = sites.rows[row_of]  # the plan's row of every site
+    result.errors = {int(rows[site]): text for site, text in sampled.errors.items() if result.status[rows[site]] != OK}
+    if (report := sampled.logprobs) is not None:
+        chosen, ids, values = (next(tensors).numpy() for _ in range(3))
+        for row in np.unique(rows[report.sites]).tolist():
+            mine = np.flatnonzero((rows[report.sites] == row) & kept[report.sites])
             if len(mine):
                 k = int(report.wanted[mine[0]])
-                out[int(self.sampling[row])] = Logprobs(chosen[mine], ids[mine, :k], values[mine, :k])
-        return out
+                result.logprobs[row] = Logprobs(chosen[mine], ids[mine, :k], values[mine, :k])

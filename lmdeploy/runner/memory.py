@@ -72,11 +72,12 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
         weights: bytes that the weights will still take; None: what the model's shape says.
 
     Raises:
-        ConfigError: LMD-201 one session does not fit, LMD-202 the weights do not, LMD-203 the named number of blocks
-            does not, LMD-204 the named number of blocks holds less than the named session.
+        ConfigError: LMD-201, LMD-208 one session does not fit, LMD-202 the weights do not, LMD-203 the named number of
+            blocks does not, LMD-204 the named number of blocks holds less than the named session.
     """
     itemsize = dtype.itemsize
-    batch = engine.max_batch_size or (CPU_BATCH if room.on_cpu else BIG_GPU_BATCH if room.total >= BIG_GPU else GPU_BATCH)
+    gpu_batch = BIG_GPU_BATCH if room.total >= BIG_GPU else GPU_BATCH
+    batch = engine.max_batch_size or (CPU_BATCH if room.on_cpu else gpu_batch)
     usual = CPU_STEP_TOKENS if room.on_cpu else GPU_STEP_TOKENS
     step = min(engine.max_step_tokens or usual, usual)
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim)
@@ -121,11 +122,13 @@ def _with_share(plan: MemoryPlan, engine: EngineConfig, room: Room, left: int) -
     else:
         least = -(-min(plan.session_len, LEAST_SESSION) // size)
     if most < least:
+        needed = (least + 1) * plan.block
+        inside = needed <= left  # within the memory, though not within the share of it
         raise ConfigError(
-            'LMD-201', session_len=least * size if engine.session_len is None else engine.session_len,
-            needed=gib((least + 1) * plan.block), share=engine.cache_share, left=gib(left), free=gib(room.free),
-            weights=gib(plan.weights), workspace=gib(plan.workspace), fits=max(0, most) * size, blocks=least,
-            missing=gib(int((least + 1) * plan.block / engine.cache_share) - left))  # fmt: skip
+            'LMD-201' if inside else 'LMD-208', session_len=engine.session_len or least * size, needed=gib(needed),
+            share=engine.cache_share, left=gib(left), free=gib(room.free), weights=gib(plan.weights),
+            workspace=gib(plan.workspace), fits=max(0, most) * size, blocks=least, batch=plan.max_batch_size,
+            missing=gib(int(needed / engine.cache_share) - left + (1 << 20)))  # fmt: skip
     blocks = most
     if room.on_cpu:
         blocks = min(most, max(CPU_CACHE_CAP // plan.block - 1, least))
@@ -136,7 +139,7 @@ def _with_share(plan: MemoryPlan, engine: EngineConfig, room: Room, left: int) -
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, packed: bool) -> int:
-    """Bytes of the dense weights; ``packed`` kernels keep a tied head beside the embedding, in a layout of their own."""
+    """Bytes of the dense weights. ``packed`` kernels keep a tied head beside the embedding, in their own layout."""
     hidden, heads, kv_heads, dim = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim
     attention = hidden * dim * (2 * heads + 2 * kv_heads) + dim * (heads + 2 * kv_heads) + hidden
     mlp = 3 * hidden * model.intermediate_size

@@ -14,13 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.engine.plan import OUTPUT_NONE, StepPlan
 from lmdeploy.errors import ConfigError, EngineDead
-from lmdeploy.executor.base import Capacity
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM, build_model
@@ -67,7 +65,7 @@ class ModelRunner:
         self.sampler: Sampler
 
     @torch.inference_mode()
-    def start(self) -> Capacity:
+    def start(self) -> None:
         """Load the model and allocate its cache; what cannot work is refused before a weight is read.
 
         Raises:
@@ -78,7 +76,7 @@ class ModelRunner:
             self._prepare(checkpoint)
             self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
             self.model.load(checkpoint.prefix())
-            checkpoint.finish(self.model.spec.names.ignore)
+            checkpoint.finish(self.model.ignore)
         finally:
             checkpoint.close()
         if self.device.type != 'cpu':  # what the weights really took is known now
@@ -89,17 +87,6 @@ class ModelRunner:
         self.sampler = Sampler(self.slots)
         if self.engine.runner == 'graph':
             get_logger().info('the graph runner is not used on %s: the eager runner is', self.device.type)
-        return Capacity(
-            num_blocks=plan.num_blocks,
-            block_size=self.engine.block_size,
-            max_batch_size=plan.max_batch_size,
-            max_step_tokens=plan.max_step_tokens,
-            session_len=plan.session_len,
-            vocab_size=self.model_config.vocab_size,
-            kv_bytes=self.kv.nbytes,
-            device=self.device.type,
-            choices=self._choices(),
-        )
 
     def stop(self) -> None:
         """Let go of model and cache; safe to call twice."""
@@ -119,10 +106,17 @@ class ModelRunner:
         for request in plan.opened:
             self.slots.open(request)
         if not plan.rows:
-            return Launched(plan.step, 0, np.zeros(0, np.int64), None, None).send()
+            return Launched(plan.step, 0)
         self.slots.append(plan.slots, plan.block_start, plan.blocks)
         batch, outputs = inputs.build(plan, self.slots)
         return self._with_memory(plan.num_tokens, lambda: self._step(plan, batch, outputs))
+
+    def choices(self) -> dict[str, str]:
+        """What really runs, for the start line."""
+        chosen = {'runner': 'eager', 'dtype': name_of(self.dtype)} | self.model.choices()
+        if self.device.type == 'cpu':
+            chosen['threads'] = str(self.threads)
+        return chosen
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
@@ -153,19 +147,13 @@ class ModelRunner:
         """The options with the session length fixed, which the model was built for."""
         return replace(self.engine, session_len=self.plan.session_len)
 
-    def _choices(self) -> dict[str, str]:
-        chosen = {'runner': 'eager', 'dtype': name_of(self.dtype)} | self.model.choices()
-        if self.device.type == 'cpu':
-            chosen['threads'] = str(self.threads)
-        return chosen
-
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def _step(self, plan: StepPlan, batch: ForwardBatch, outputs: inputs.Outputs) -> Launched:
         hidden = self.model(batch, self.kv)
-        launched = Launched(plan.step, plan.rows, np.zeros(0, np.int64), None, None)
+        launched = Launched(plan.step, plan.rows)
         if not len(outputs.rows):
-            return launched.send()
+            return launched
         out = hidden[batch.output_rows]
         drawn = np.zeros(len(outputs.rows), bool)
         drawn[outputs.sampled] = True
@@ -184,8 +172,7 @@ class ModelRunner:
         if len(outputs.sampled):
             if len(outputs.sampled) < len(computed):
                 logits = logits[torch.from_numpy(place[outputs.sampled]).to(self.device)]
-            launched.sampling, launched.sites = _sites(plan, outputs)
-            launched.sampled = self.sampler(logits, launched.sites)
+            launched.sampled = self.sampler(logits, _sites(plan, outputs))
         return launched.send()
 
     def _wanted(self, plan: StepPlan, outputs: inputs.Outputs, drawn: np.ndarray,
@@ -254,13 +241,14 @@ def choose_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _sites(plan: StepPlan, outputs: inputs.Outputs) -> tuple[np.ndarray, Sites]:
-    """The plan's rows that draw, and where."""
+def _sites(plan: StepPlan, outputs: inputs.Outputs) -> Sites:
+    """Where tokens are drawn."""
     rows = outputs.rows[outputs.sampled]
     sampling, counts = np.unique(rows, return_counts=True)
     tokens = outputs.tokens[outputs.sampled]
     last = tokens + 1 == plan.query_start[rows + 1]
     sites = Sites(
+        rows=sampling,
         slots=plan.slots[rows].astype(np.int64),
         positions=outputs.positions[outputs.sampled],
         start=np.concatenate([[0], np.cumsum(counts)]),
@@ -270,7 +258,7 @@ def _sites(plan: StepPlan, outputs: inputs.Outputs) -> tuple[np.ndarray, Sites]:
         drawing = np.isin(plan.mask_rows, sampling)
         sites.masked = sites.start[np.searchsorted(sampling, plan.mask_rows[drawing])]
         sites.masks = plan.masks[drawing].view(np.int32)
-    return sampling, sites
+    return sites
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -27,15 +27,17 @@ from lmdeploy.runner.slots import SlotTable
 
 @dataclass(slots=True)
 class Sites:
-    """The S sites of a step, on the host, row by row: row b's are ``start[b]:start[b + 1]``, its drafts after the first.
+    """The S sites of a step, on the host, row by row: those of the b-th row that draws are ``start[b]:start[b + 1]``.
 
     Attributes:
+        rows: ``[b] int64``: the plan's rows that draw.
         slots: ``[S] int64``. positions: ``[S] int64`` of the token whose logits these are.
         start: ``[b+1] int64`` over the sampling rows.
         drafts: ``[S] int64``: the draft token proposed for this site's draw, -1 for the last site of each row.
         masked: ``[M] int64``: the sites with a grammar mask. masks: ``[M, ceil(V/32)] int32``.
     """
 
+    rows: np.ndarray
     slots: np.ndarray
     positions: np.ndarray
     start: np.ndarray
@@ -60,8 +62,9 @@ class SiteLogprobs:
 
 @dataclass(slots=True)
 class Sampled:
-    """What a step drew; tensors on the device."""
+    """What a step drew at ``sites``; tensors on the device."""
 
+    sites: Sites
     tokens: Tensor  # [S] int64
     accepted: Tensor  # [b] int64: how many of the row's tokens count
     status: Tensor  # [b] uint8
@@ -104,7 +107,7 @@ class Sampler:
         if history.any():
             self._record(tokens, sites, history)
         logprobs = None if raw is None else self._logprobs(raw, tokens, reported, sites)
-        return Sampled(tokens, accepted, row_status, logprobs, errors)
+        return Sampled(sites, tokens, accepted, row_status, logprobs, errors)
 
     # -- changes to logits, in their order -----------------------------------------------------------------------------
 
@@ -120,7 +123,7 @@ class Sampler:
             self._run_processors(logits, site, sites, errors)
         biased = np.flatnonzero(slots.has_bias[of])
         if len(biased):
-            extras = [slots.extras[slot] for slot in of[biased]]
+            extras = [slots.of(slot) for slot in of[biased]]
             self._add(logits, biased, [e.bias_ids for e in extras], np.concatenate([e.bias_values for e in extras]))
         self._penalise(logits, sites, draws)
         banned = self._ban(logits, sites, draws)
@@ -131,7 +134,7 @@ class Sampler:
         slot, position = int(sites.slots[site]), int(sites.positions[site])
         token_ids = self.slots.history[slot, : position + 1].long()
         row = logits[site].clone()
-        for processor in self.slots.extras[slot].params.logits_processors:
+        for processor in self.slots.of(slot).params.logits_processors:
             try:
                 row = processor(token_ids, row)
             except Exception as error:  # noqa: BLE001  # foreign code may raise anything; the request carries the reason
@@ -165,7 +168,7 @@ class Sampler:
                 change.penalise_frequency(logits, rows, seen, counts, penalty)
 
     def _seen(self, chosen: np.ndarray, sites: Sites, first: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens of the sites' requests from position ``first`` on, ``[b, L] int64``; a short row repeats its last one."""
+        """Tokens of the sites' requests from position ``first`` on, ``[b, L] int64``; a short row repeats its last."""
         slot_index, first_, counts_ = upload(self.device, sites.slots[chosen], first, counts)
         columns = torch.arange(int(counts.max()), device=self.device)
         columns = torch.minimum(columns, counts_[:, None] - 1)
@@ -177,8 +180,8 @@ class Sampler:
         by_stops = np.flatnonzero(slots.has_stops[of] & (draws < slots.min_new_tokens[of]))
         banned = np.concatenate([by_ids, by_stops])
         if len(banned):
-            ids = [slots.extras[slot].banned_ids for slot in of[by_ids]]
-            ids += [slots.extras[slot].stop_ids for slot in of[by_stops]]
+            ids = [slots.of(slot).banned_ids for slot in of[by_ids]]
+            ids += [slots.of(slot).stop_ids for slot in of[by_stops]]
             self._add(logits, banned, ids, np.full(sum(map(len, ids)), -np.inf, np.float32))
         by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
         if len(by_sequences):
@@ -187,7 +190,7 @@ class Sampler:
 
     def _ban_sequences(self, logits: Tensor, sites: Sites, chosen: np.ndarray) -> None:
         """Ban the last token of each bad sequence whose other tokens stand at the end of the site's request."""
-        extras = [self.slots.extras[slot] for slot in sites.slots[chosen]]
+        extras = [self.slots.of(slot) for slot in sites.slots[chosen]]
         width = max(e.bad_heads.shape[1] for e in extras)
         owners = np.repeat(chosen, [len(e.bad_tails) for e in extras])
         heads = np.concatenate([np.pad(e.bad_heads, ((0, 0), (width - e.bad_heads.shape[1], 0)), constant_values=-1)
@@ -259,7 +262,7 @@ class Sampler:
                 self.device, sites.slots[drafted], sites.positions[drafted] + 1, sites.drafts[drafted]))
 
     def _record(self, tokens: Tensor, sites: Sites, history: np.ndarray) -> None:
-        """A rejected site's token is written too; it lies beyond the request's end and is overwritten before it is read."""
+        """A rejected site's token is written too: beyond the request's end, and overwritten before it is read."""
         kept = np.flatnonzero(history)
         index, slot_index, positions = upload(self.device, kept, sites.slots[kept], sites.positions[kept] + 1)
         self.slots.write_history(slot_index, positions, tokens[index])

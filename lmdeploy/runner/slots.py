@@ -105,7 +105,8 @@ class SlotTable:
             or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
         if self.keeps_history[slot]:
-            self.reserve_history(max(len(tokens), min(self.session_len, request.prompt_len + params.max_new_tokens)) + 1)
+            end = min(self.session_len, request.prompt_len + params.max_new_tokens)
+            self.reserve_history(max(len(tokens), end) + 1)
             self.history[slot, : len(tokens)] = torch.from_numpy(np.ascontiguousarray(tokens, np.int32)).to(self.device)
 
     def close(self, slot: int) -> None:
@@ -115,6 +116,12 @@ class SlotTable:
         self.num_blocks[slot] = 0
         self.extras[slot] = None
         self.keeps_history[slot] = False
+
+    def of(self, slot: int) -> SlotExtras:
+        """The ragged parameters of the request in ``slot``, which is open."""
+        extras = self.extras[slot]
+        assert extras is not None, f'slot {slot} is not open'
+        return extras
 
     def append(self, slots: np.ndarray, block_start: np.ndarray, blocks: np.ndarray) -> None:
         """Append ``blocks[block_start[i]:block_start[i + 1]]`` to the block table of ``slots[i]`` (distinct slots)."""

@@ -45,4 +45,12 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '在一个 {tokens} token 的计算步中内存两次耗尽({cause})。请关闭其他程序,或以更小的 '
               'max_prefill_token_num、max_batch_size 或 cache_max_entry_count 重新加载模型。',
     },
+    'LMD-208': {
+        'en': 'one session of {session_len} tokens needs {needed} of KV cache, but {left} are left of {free} free memory '
+              'after {weights} for weights and {workspace} for a step of {batch} rows. Three ways out: '
+              'session_len={fits} or less; a smaller model or max_batch_size; or free {missing} more memory.',
+        'zh': '一个 {session_len} token 的会话需要 {needed} 的 KV 缓存,但在 {free} 空闲内存中,扣除权重 {weights} 和 '
+              '{batch} 行的单步计算 {workspace} 后只剩 {left}。三种办法:session_len={fits} 或更小;'
+              '更小的模型或 max_batch_size;或再释放 {missing} 内存。',
+    },
 }

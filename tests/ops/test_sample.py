@@ -18,7 +18,7 @@ oracle = SimpleNamespace(**{name: getattr(reference, name).reference for name in
 IMPLEMENTATIONS = [pytest.param(oracle, id='reference'), pytest.param(cpu, id='cpu')]
 
 
-def plain_keep(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[tuple[int, float]]:
+def plain_keep(logits, temperature, top_k, top_p, min_p) -> list[tuple[int, float]]:
     """(token, weight) of the tokens that the three cuts leave, in the order in which they are drawn."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     best = logits[order[0]]
@@ -58,8 +58,9 @@ def mixed_arguments(rows: int, vocab: int, generator: np.random.Generator):
 
 @pytest.mark.parametrize('ops', IMPLEMENTATIONS)
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), temperature=st.sampled_from([0.3, 1.0, 2.0]), top_k=st.sampled_from([0, 1, 3, 9, 50]),
-       top_p=st.sampled_from([1.0, 0.9, 0.4, 0.01]), min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]), ties=st.booleans())
+@given(seed=st.integers(0, 10**6), temperature=st.sampled_from([0.3, 1.0, 2.0]),
+       top_k=st.sampled_from([0, 1, 3, 9, 50]), top_p=st.sampled_from([1.0, 0.9, 0.4, 0.01]),
+       min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]), ties=st.booleans())
 def test_only_kept_tokens_are_drawn_and_each_by_its_share(ops, seed, temperature, top_k, top_p, min_p, ties):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, 20, generator=generator) * 2

@@ -80,7 +80,8 @@ def _draw_ranked(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tens
     total = torch.zeros(rows, dtype=torch.float64)  # the whole row's mass, where top-k is off and top-p on
     full = torch.nonzero((limit == vocab) & (top_p < 1)).squeeze(-1)
     if len(full):
-        total[full] = _blocks(_weights(logits[full], temperature[full]), BLOCK, 0.0).sum(-1, dtype=torch.float64).sum(-1)
+        blocks = _blocks(_weights(logits[full], temperature[full]), BLOCK, 0.0)
+        total[full] = blocks.sum(-1, dtype=torch.float64).sum(-1)
     todo = torch.arange(rows)
     for depth in _depths(vocab, 1):
         part = logits if len(todo) == rows else logits[todo]
@@ -88,7 +89,8 @@ def _draw_ranked(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tens
         weights = ((values - values[:, :1]) / temperature[todo, None]).exp()
         sums = weights.cumsum(-1, dtype=torch.float64)
         bound = limit[todo]
-        mass = torch.where(bound == vocab, total[todo], sums.gather(-1, bound.clamp(max=depth)[:, None] - 1).squeeze(-1))
+        within = sums.gather(-1, bound.clamp(max=depth)[:, None] - 1).squeeze(-1)
+        mass = torch.where(bound == vocab, total[todo], within)
         kept = reference.keep(weights, sums, bound, mass[:, None], top_p[todo], min_p[todo])
         done = _settled(values, kept, vocab) & ((bound <= depth) | (bound == vocab))
         place = reference.invert(sums[done], kept[done], uniform[todo[done]])
