@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy.chat.base import BaseChatTemplate, BaseModel
 from lmdeploy.chat.builtin import CLASSES, best_match_model
 from lmdeploy.chat.config import ChatTemplateConfig
 from lmdeploy.chat.messages import get_text
 from lmdeploy.chat.registry import MODELS
+
+if TYPE_CHECKING:
+    from lmdeploy.chat.hf import HFChatTemplate
 
 __all__ = ['MODELS', 'BaseChatTemplate', 'BaseModel', 'ChatTemplateConfig', 'HFChatTemplate', 'best_match_model',
            'get_text', 'random_uuid']

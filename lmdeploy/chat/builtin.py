@@ -143,8 +143,8 @@ LLAMA2 = (
     'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. '
     'Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. '
     'Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make '
-    'any sense, or is not factually coherent, explain why instead of answering something not correct. If you don\'t '
-    'know the answer to a question, please don\'t share false information.')
+    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don't "
+    "know the answer to a question, please don't share false information.")
 DEEPSEEK_CODER = (
     'You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you '
     'only answer questions related to computer science. For politically sensitive questions, security and privacy '
@@ -200,16 +200,7 @@ FORMATS: tuple[Format, ...] = (
            {'system': '<|System|>:', 'meta_instruction': INTERNLM + '\n', 'eosys': '\n', 'user': '<|User|>:',
             'eoh': '\n', 'assistant': '<|Bot|>:', 'eoa': '<eoa>', 'separator': '\n', 'stop_words': ['<eoa>']}),
     Format(('puyu',), 'Puyu', r'puyu', {}),
-    # Qwen
-    Format(('qwen3',), 'Qwen3', r'qwen-?3', _chatml(None), opener=formats.think_block, rewrite=formats.qwen3_tools),
-    Format(('qwq_preview',), 'QwQPreview', r'qwq.*preview', _chatml(
-        'You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.'),
-        rewrite=formats.qwen_tools),
-    Format(('qwq',), 'QwQ', r'qwq', _chatml(None), opener=formats.think_open, rewrite=formats.qwen3_tools),
-    Format(('qwen2d5-vl', 'qwen2-vl'), 'Qwen2d5VL', r'qwen-?2([._]5)?-?vl', _chatml(QWEN)),
-    Format(('qwen2d5', 'qwen2.5'), 'Qwen2d5Chat', r'qwen-?2[._]5', _chatml(QWEN25), rewrite=formats.qwen_tools),
-    Format(('qwen', 'qwen-chat'), 'Qwen7BChat', r'qwen', _chatml(QWEN)),
-    # DeepSeek
+    # DeepSeek; above Qwen and Llama, which its distilled models are named after as well
     Format(('deepseek-r1',), 'DeepseekR1', r'deepseek-?r1', DS_BOXES, DS_BEGIN, opener=formats.think_choice,
            rewrite=formats.reasoning_dropped),
     Format(('deepseek-v3',), 'DeepseekV3', r'deepseek-?v(3|2[._]5)', DS_BOXES, DS_BEGIN),
@@ -222,6 +213,15 @@ FORMATS: tuple[Format, ...] = (
         separator='\n')),
     Format(('deepseek', 'deepseek-chat'), 'Deepseek', r'deepseek', _plain(
         'User: ', '\n\n', 'Assistant: ', DS_END, (DS_END,), eosys='\n\n'), opener=formats.unspaced),
+    # Qwen
+    Format(('qwen3',), 'Qwen3', r'qwen-?3', _chatml(None), opener=formats.think_block, rewrite=formats.qwen3_tools),
+    Format(('qwq_preview',), 'QwQPreview', r'qwq.*preview', _chatml(
+        'You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.'),
+        rewrite=formats.qwen_tools),
+    Format(('qwq',), 'QwQ', r'qwq', _chatml(None), opener=formats.think_open, rewrite=formats.qwen3_tools),
+    Format(('qwen2d5-vl', 'qwen2-vl'), 'Qwen2d5VL', r'qwen-?2([._]5)?-?vl', _chatml(QWEN)),
+    Format(('qwen2d5', 'qwen2.5'), 'Qwen2d5Chat', r'qwen-?2[._]5', _chatml(QWEN25), rewrite=formats.qwen_tools),
+    Format(('qwen', 'qwen-chat'), 'Qwen7BChat', r'qwen', _chatml(QWEN)),
     # Llama
     Format(('llava-chatml',), 'LlavaChatML', r'llava.*34b', _chatml(
         'Answer the questions.', stop=('<|im_end|>', '<|endoftext|>'))),

@@ -93,8 +93,9 @@ def _sum(value: Any, attribute: Any = None, start: float = 0) -> float:
 
 
 def _int(value: Any, default: int = 0, base: int = 10) -> int:
-    number = FILTERS['int'](value[:MAX_BITS // 4] if isinstance(value, str) else value, default, base)
-    if isinstance(number, int) and number.bit_length() > MAX_BITS:
+    too_long = isinstance(value, str) and len(value) > MAX_BITS
+    number = 0 if too_long else FILTERS['int'](value, default, base)
+    if too_long or (isinstance(number, int) and number.bit_length() > MAX_BITS):
         raise SecurityError(f'integers have at most {MAX_BITS} bits')
     return number
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import TemplateError as JinjaError
-from jinja2.exceptions import UndefinedError
 
 from lmdeploy.chat.base import BaseModel
 from lmdeploy.chat.budget import OUTPUT_CHARS, Budget, LimitExceeded, running
@@ -23,6 +22,7 @@ RESERVED = ('messages', 'tools', 'add_generation_prompt', 'tokenize', 'chat_temp
 FAILURES = (JinjaError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
             MemoryError, AssertionError)
 END_OF_PREFILL = '\U000FFFFD'  # private use, plane 15: stands behind the text that the model continues
+REASONING = ('reasoning_content', 'thinking', 'reasoning')
 MARK = 'PROBE7'
 
 
@@ -49,7 +49,7 @@ class HFChatTemplate(BaseModel):
         self.source = source
         self.text = chat_template
         self.special_tokens = dict(special_tokens or {})
-        self._template = self._compile(chat_template)
+        self._template: Any = self._compile(chat_template)
         self._probe()
 
     def get_prompt(self, prompt: str, sequence_start: bool = True) -> str:
@@ -86,7 +86,7 @@ class HFChatTemplate(BaseModel):
 
     def prepare(self, messages: list[dict]) -> list[dict]:
         """Contents and tool calls in the shapes that the template wants."""
-        return self._shape([self._with_calls(message) for message in messages])
+        return self._shape([_with_reasoning(self._with_calls(message)) for message in messages])
 
     def _conversation(self, messages: list[dict], options: dict[str, Any]) -> str:
         last = messages[-1]
@@ -172,8 +172,9 @@ class HFChatTemplate(BaseModel):
         """The template's line where an error was raised; 0 if it was not raised inside."""
         line, trace = 0, error.__traceback__
         while trace is not None:
-            if trace.tb_frame.f_globals.get('__jinja_template__') is self._template:
-                line = self._template.get_corresponding_lineno(trace.tb_lineno)
+            template = trace.tb_frame.f_globals.get('__jinja_template__')  # set by jinja2 in compiled templates
+            if template is not None and template is self._template:
+                line = template.get_corresponding_lineno(trace.tb_lineno)
             trace = trace.tb_next
         return line
 
@@ -221,6 +222,12 @@ class HFChatTemplate(BaseModel):
                 return True  # it refuses such a conversation in either form
             return False
         return f"{{'city': '{MARK}'}}" not in text
+
+
+def _with_reasoning(message: dict) -> dict:
+    """The reasoning of an old answer under the names that templates read, whichever the client used."""
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if reasoning is None else {'thinking': reasoning, **message, 'reasoning_content': reasoning}
 
 
 def check_extra(extra: dict[str, Any] | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def plain(value: Any, index: int = 0, depth: int = 0) -> Any:
     if isinstance(value, str):
         text = str.__str__(value)
         if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text):
-            raise RequestError('LMD-175', index=index, reason='its text has a lone surrogate, which is not Unicode text')
+            raise RequestError('LMD-175', index=index, reason='its text has a lone surrogate (not Unicode)')
         return text
     if isinstance(value, int):
         return int(value)

@@ -36,7 +36,7 @@ class Registry:
         """
         if not isinstance(force, bool):
             raise TypeError(f'force must be a bool, not {type(force).__name__}')
-        names = [name] if name is None or isinstance(name, str) else list(name)
+        names: list[str | None] = [name] if name is None or isinstance(name, str) else list(name)
         if any(n is not None and not isinstance(n, str) for n in names):
             raise TypeError('a name must be a str, or a list of them')
         if module is not None:

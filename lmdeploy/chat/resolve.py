@@ -76,10 +76,10 @@ def _internvl(model_path: str) -> str | None:
     """The named format of an InternVL model; None for others."""
     try:
         config: Any = json.loads((Path(model_path) / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):  # a file without a folder, or a folder whose errors others report
+    except (OSError, ValueError, RecursionError):  # a file without a folder, or a folder whose errors others report
         return None
     architectures = config.get('architectures') if isinstance(config, dict) else None
-    if not architectures or not str(architectures[0]).startswith('InternVL'):
+    if not isinstance(architectures, list) or not str(*architectures[:1]).startswith('InternVL'):
         return None
     name = match_name(model_path)
     if name is not None and name.startswith('internvl'):

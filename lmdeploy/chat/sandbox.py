@@ -59,7 +59,7 @@ class _Code(CodeGenerator):
         super().visit_For(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write('environment.concat_all((')
+        self.write('environment.concat((')
         for part in node.nodes:
             self.visit(part, frame)
             self.write(', ')
@@ -119,7 +119,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
                          optimized=False, cache_size=0)
         self.globals = global_names()
         self.filters = filters()
-        self.concat = self.concat_all  # what macros and blocks join their pieces with
 
     def compile_checked(self, source: str) -> Any:
         """Compile a template, and walk its tree first: what is not allowed at all is refused with its line.
@@ -165,8 +164,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """``iterable``, spending budget at every turn; sized if it was, because ``loop.length`` asks."""
         return _Sized(iterable) if hasattr(type(iterable), '__len__') else current().count(iterable)
 
-    def concat_all(self, parts: Iterable[Any]) -> str:
-        """The joined texts."""
+    def concat(self, parts: Iterable[Any]) -> str:
+        """The joined texts: of ``~``, and of the pieces of macros and blocks."""
         texts = [part if type(part) is str else str(part) for part in parts]
         current().spend(sum(map(len, texts)))
         return ''.join(texts)
@@ -187,7 +186,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _before_operation(current(), operator, left, right)
         result = super().call_binop(context, operator, left, right)
-        return current().spend_on(result) if isinstance(result, (list, tuple)) else result
+        if isinstance(result, (list, tuple)):
+            current().joined(result, (left, right) if operator == '+' else (result,))
+        return result
 
 
 class _Sized:

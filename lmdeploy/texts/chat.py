@@ -37,7 +37,7 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '第 {index} 条消息的角色为 {role!r},该对话模板不支持。可用角色:{roles}。',
     },
     'LMD-177': {
-        'en': 'the model\'s chat template refuses this conversation: {message}',
+        'en': "the model's chat template refuses this conversation: {message}",
         'zh': '模型的对话模板拒绝了此对话:{message}',
     },
     'LMD-178': {
