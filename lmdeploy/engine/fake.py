@@ -75,6 +75,7 @@ class _Slot:
     """A slot of the runner: its block table and the last token that was drawn in it."""
 
     params: SamplingParams
+    known: int  # tokens that it was opened with
     table: list[int] = field(default_factory=list)
     last_token: int = EMPTY
     fresh: bool = True  # no row of it ran yet
@@ -154,7 +155,7 @@ class FakeExecutor:
             del self.slots[slot]
         for opened in plan.opened:
             assert opened.slot not in self.slots, 'a slot is opened while it is open'
-            self.slots[opened.slot] = _Slot(opened.params)
+            self.slots[opened.slot] = _Slot(opened.params, len(opened.tokens))
         assert plan.num_tokens <= self.capacity.max_step_tokens, 'the token budget is exceeded'
         assert plan.rows <= self.capacity.max_batch_size, 'too many rows'
         assert len(set(plan.slots.tolist())) == plan.rows, 'two rows for one slot'
@@ -209,6 +210,7 @@ class FakeExecutor:
         sequence = self.cache[slot.table[:-(-stop // size)]].reshape(-1)[:stop]
         outputs, drafts = int(plan.outputs[row]), int(plan.drafts[row])
         assert outputs != OUTPUT_NONE or not plan.sample[row], 'a row draws without logits'
+        assert outputs != OUTPUT_NONE or start < slot.known, 'a row is for nothing'
         if outputs == OUTPUT_NONE:
             return []
         first = start if outputs == OUTPUT_ALL else stop - 1

@@ -63,6 +63,7 @@ def _request(scheduler: Scheduler, request: Request) -> None:
     if request.finish is None:
         assert request.settled <= request.computed <= request.total and request.settled <= known, '4.1: positions disagree'
         assert known <= request.limit, '4.1: more tokens than its limit'
+        assert request.computed <= max(request.prompt_len, request.limit - 1), '4.1: computed beyond what it can say'
     assert request.pending >= 0 and request.in_flight >= 0, '4.2: a count is negative'
     assert request.in_flight or not request.pending, '4.2: tokens are pending without a launched step'
     if scheduler.drafter is None:

@@ -22,7 +22,7 @@ from lmdeploy.executor.base import Capacity
 
 VOCAB = 64
 STOPS = (3, 40)
-PATIENCE = 60  # turns in which the first request in rank must get on, once it holds a slot
+PATIENCE = 5  # turns in which the first request in rank must get on, once it holds a slot
 
 
 class EveryOther:
@@ -118,7 +118,7 @@ class CheckedEngine:
         self.answers: dict[str, Answer] = {}  # unfinished
         self.finishes: Counter[str] = Counter()
         self.turns = 0
-        self._patience: tuple[str, int, int] = ('', 0, 0)  # first in rank, what it had computed, since which turn
+        self._patience: tuple[str, int, int] = ('', 0, 0)  # first in rank, what it had settled, since which turn
         self._admitted: dict[tuple[str, int], int] = {}
         self._running: set[int] = set()
         self._preemptions = 0
@@ -217,9 +217,9 @@ class CheckedEngine:
         if not running:
             return
         first = running[0]
-        request_id, computed, since = self._patience
-        if first.id != request_id or first.computed > computed:
-            self._patience = (first.id, first.computed, self.turns)
+        request_id, settled, since = self._patience
+        if first.id != request_id or first.settled != settled:
+            self._patience = (first.id, first.settled, self.turns)
             return
         assert self.turns - since < PATIENCE, 'the first request starves'
 
@@ -241,7 +241,7 @@ class Simulation:
 
     def __init__(self, seed: int, *, check_every: int = 1) -> None:
         rng = self.random = random.Random(seed)
-        size, blocks = rng.choice([2, 4, 8]), rng.randint(4, 30)
+        size, blocks = rng.choice([2, 4, 8, 16]), rng.randint(4, 30)
         capacity = Capacity(
             num_blocks=blocks, block_size=size, max_batch_size=rng.randint(1, 8), max_step_tokens=rng.randint(3, 40),
             session_len=min(blocks * size + rng.randint(-2, 5), 120), vocab_size=VOCAB)
