@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from lmdeploy.tokenizer.settings import Settings
 from lmdeploy.tokenizer.spelling import byte_speller
 from lmdeploy.tokenizer.vocabulary import AddedToken, Place
 
+PROBE = 'Hello, 12 \u4f60\u597d\n\U0001f642'  # encoded once while loading, so that a broken file fails there
+
 
 class FastVocabulary:
     """A :class:`tokenizers.Tokenizer` behind the face of :class:`lmdeploy.tokenizer.vocabulary.Vocabulary`.
@@ -23,18 +27,27 @@ class FastVocabulary:
     Args:
         full: the complete tokenizer, all added tokens in place.
         origin: the file that errors name.
+
+    Attributes:
+        affixes: the ids that the file's own post-processor puts before and after a text.
+
+    Raises:
+        LoadError: LMD-161 (a decoder that cannot be streamed), LMD-151 (the library fails on a plain text).
     """
 
     def __init__(self, full: tokenizers.Tokenizer, origin: str) -> None:
-        full.no_truncation()
-        full.no_padding()
-        self.full = full
-        self.added = {token.content: token for token in _added_tokens(full)}
-        self.size = _size(full)
-        self._by_id = {token.id: token for token in self.added.values()}
         self.spelling, self._spell = byte_speller(_state(full.decoder), origin)
-        self._sections: dict[Place, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
-        self._after = _place_after(full)
+        with reading(origin):
+            full.no_truncation()
+            full.no_padding()
+            self.full = full
+            self.added = {token.content: token for token in _added_tokens(full)}
+            self.size = _size(full)
+            self._sections: dict[Place, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
+            self._after = _place_after(full)
+            self.affixes = self._affixes()
+            for place in Place:
+                self.encode_section(PROBE, place)
 
     def encode(self, text: str) -> list[int]:
         return self.full.encode(text, add_special_tokens=False).ids
@@ -61,8 +74,7 @@ class FastVocabulary:
     def control_pieces(self) -> Iterable[str]:
         return ()
 
-    def affixes(self) -> tuple[list[int], list[int]]:
-        """The ids that the file's own post-processor puts before and after a text."""
+    def _affixes(self) -> tuple[list[int], list[int]]:
         plain = self.full.encode('a', add_special_tokens=False).ids
         dressed = self.full.encode('a', add_special_tokens=True).ids
         for start in range(len(dressed) - len(plain) + 1):
@@ -92,15 +104,37 @@ def load_fast(path: Path, settings: Settings) -> FastVocabulary:
     Raises:
         LoadError: LMD-151 (damaged), LMD-161 (a decoder that cannot be streamed).
     """
-    try:
+    with reading(str(path)):
         text = path.read_text(encoding='utf-8')
+        _check_prefix(text)
         full = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for everything it cannot parse
-        raise LoadError('LMD-151', file=path, reason=str(error)) from error
-    if settings.tokenizer_class == 'LlamaTokenizer':
-        _as_llama(full, settings)
-    _add_missing(full, settings)
+        if settings.tokenizer_class == 'LlamaTokenizer':
+            _as_llama(full, settings)
+        _add_missing(full, settings)
     return FastVocabulary(full, str(path))
+
+
+@contextmanager
+def reading(origin: str) -> Iterator[None]:
+    """Turn what the library raises over a damaged file into LMD-151: bare Exceptions, and for some files a panic of its
+    Rust code, a BaseException that has no importable name."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
+            raise LoadError('LMD-151', file=origin, reason=str(error)) from error
+        raise
+
+
+def _check_prefix(text: str) -> None:
+    """Refuse merges that lack the prefix they must have: the library would cut them inside a character and abort."""
+    if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text) is None:
+        return
+    model = json.loads(text)['model']
+    prefix = model.get('continuing_subword_prefix')
+    for merge in model.get('merges', ()) if prefix else ():
+        if not (merge.split(' ') if isinstance(merge, str) else merge)[-1].startswith(prefix):
+            raise ValueError(f'merge {merge!r} does not have the prefix {prefix!r}')
 
 
 def _as_llama(full: tokenizers.Tokenizer, settings: Settings) -> None:

@@ -9,7 +9,8 @@ and what lies between is encoded by the model alone, which knows no control toke
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lmdeploy.tokenizer.vocabulary import AddedToken, Place, Vocabulary
 
@@ -38,7 +39,7 @@ class SegmentEncoder:
         if trusted == [(0, len(text))] or not text:
             return self.vocabulary.encode(text)
         hits = find_anchors(self._control, self.control, text, 0, len(text))
-        if all(any(start <= hit[0] and hit[1] <= end for start, end in trusted) for hit in hits):
+        if _all_inside(hits, trusted):
             ids = self.vocabulary.encode(text)
             if [i for i in ids if i in self.control_ids] == [hit[2].id for hit in hits]:
                 return ids  # nothing in the untrusted text looks like a control token
@@ -66,7 +67,8 @@ class SegmentEncoder:
         return ids
 
 
-def compose(vocabulary: Vocabulary, text: str, anchors: Sequence[Anchor], section=None) -> list[int]:
+def compose(vocabulary: Vocabulary, text: str, anchors: Sequence[Anchor],
+            section: Callable[[str, Place], list[int]] | None = None) -> list[int]:
     """Ids of a text whose added tokens are known: the anchors' ids, and between them the model's.
 
     Args:
@@ -96,6 +98,12 @@ def longest_first(contents: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the strings, at each place the longest; never, if there is none."""
     ordered = sorted({content for content in contents if content}, key=len, reverse=True)
     return re.compile('|'.join(map(re.escape, ordered)) or r'(?!)')
+
+
+def _all_inside(hits: Sequence[Anchor], runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether every hit lies within one of the runs."""
+    starts = [start for start, _ in runs]
+    return all((n := bisect_right(starts, start)) and end <= runs[n - 1][1] for start, end, _ in hits)
 
 
 def _trusted_runs(pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:

@@ -143,7 +143,7 @@ class Tokenizer:
             from lmdeploy.tokenizer.fast import FastVocabulary
 
             if isinstance(self.vocabulary, FastVocabulary):
-                return self.vocabulary.affixes()
+                return self.vocabulary.affixes
         prefix = [self.bos_token_id] if settings.add_bos and self.bos_token_id is not None else []
         suffix = [self.eos_token_id] if settings.add_eos and self.eos_token_id is not None else []
         return prefix, suffix

@@ -81,10 +81,10 @@ def test_an_empty_stop_string_is_refused():
 
 def test_the_work_grows_with_the_text_not_with_its_square():
     def seconds(length: int) -> float:
-        stop_filter, start = StopFilter(['a' * length + 'b', 'a' * (length // 2) + 'c']), time.perf_counter()
+        stop_filter, start = StopFilter(['a' * length + 'b', 'a' * (length // 2) + 'c']), time.process_time()
         for _ in range(length):
             stop_filter.push('a')
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(1000)
     assert min(seconds(16000) for _ in range(3)) < 16 * 8 * min(seconds(1000) for _ in range(3))

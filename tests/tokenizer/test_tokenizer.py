@@ -161,6 +161,19 @@ def test_unknown_decoders_are_refused(tmp_path):
         Tokenizer(str(folder))
 
 
+@pytest.mark.parametrize('part', [
+    {'model': {'type': 'BPE', 'vocab': {'a': 0, 'é': 1, 'aé': 2}, 'merges': [['a', 'é']],
+               'continuing_subword_prefix': 'x'}},
+    {'post_processor': {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': 'gone', 'type_id': 0}}],
+                        'pair': [], 'special_tokens': {}}},
+])
+def test_files_that_make_the_library_panic_are_named(tmp_path, part):
+    folder = write_qwen2(tmp_path / 'q', add_bos_token=None)
+    write_json(folder / 'tokenizer.json', json.loads((folder / 'tokenizer.json').read_text()) | part)
+    with pytest.raises(LoadError, match='LMD-151'):
+        Tokenizer(str(folder))
+
+
 @pytest.mark.parametrize('content', [b'', b'IQ== 0\n', b'\x00' * 100, b'\x0a\xff\xff\xff'])
 def test_a_damaged_sentencepiece_model_is_named(tmp_path, content):
     folder = write_llama(tmp_path / 'l')
