@@ -297,6 +297,14 @@ class Report:
     hit_tokens: int = 0
     computed_tokens: int = 0
 
+    def add(self, other: Report) -> None:
+        """Count ``other`` in."""
+        self.turns += other.turns
+        self.finishes += other.finishes
+        self.preemptions += other.preemptions
+        self.hit_tokens += other.hit_tokens
+        self.computed_tokens += other.computed_tokens
+
 
 def simulate(seeds: Iterable[int], turns: int, *, check_every: int = 1) -> Report:
     """Run one simulation per seed.
@@ -311,10 +319,6 @@ def simulate(seeds: Iterable[int], turns: int, *, check_every: int = 1) -> Repor
             simulation.run(turns)
         except AssertionError as error:
             raise AssertionError(f'seed {seed}, turn {simulation.engine.turns}: {error}') from error
-        stats = simulation.engine.core.stats()
-        report.turns += simulation.engine.turns
-        report.finishes += simulation.engine.finishes
-        report.preemptions += stats.preemptions
-        report.hit_tokens += stats.prefix_hit_tokens
-        report.computed_tokens += stats.computed_tokens
+        engine, stats = simulation.engine, simulation.engine.core.stats()
+        report.add(Report(engine.turns, engine.finishes, stats.preemptions, stats.prefix_hit_tokens, stats.computed_tokens))
     return report
