@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lmdeploy.chat.base import BaseChatTemplate, BaseModel
 from lmdeploy.chat.builtin import MODELS
-from lmdeploy.errors import TemplateError
+from lmdeploy.errors import ConfigError, TemplateError
 from lmdeploy.log import get_logger
 
 
@@ -50,7 +50,15 @@ class ChatTemplateConfig:
 
     @property
     def chat_template(self) -> BaseModel:
-        """The template. A class whose constructor takes no options works as long as no field is set."""
+        """The template. A class whose constructor takes no options works as long as no field is set.
+
+        Raises:
+            ConfigError: LMD-182 or LMD-186, a field has no possible value.
+        """
+        for name, value in {'model_name': self.model_name, **self.changes()}.items():
+            wanted = _wanted(name, value)
+            if wanted:
+                raise ConfigError('LMD-186', field=name, given=type(value).__name__, wanted=wanted)
         cls = MODELS.get(self.model_name)
         if cls is None:
             get_logger().warning('no chat template is named %r; a plain template is made of the given fields. '
@@ -87,9 +95,8 @@ class ChatTemplateConfig:
         if unknown:
             raise _bad(text, f'unknown fields: {", ".join(unknown)}')
         for name, value in data.items():
-            words = name == 'stop_words' and isinstance(value, list) and all(isinstance(v, str) for v in value)
-            if value is not None and not words and (name == 'stop_words' or not isinstance(value, str)):
-                wanted = 'a list of texts' if name == 'stop_words' else 'a text'
+            wanted = _wanted(name, value) if value is not None else None
+            if wanted:
                 raise _bad(text, f'{name} is a {type(value).__name__}, not {wanted}')
         name = data.pop('model_name', None) or uuid.uuid4().hex
         if name not in MODELS and name != 'hf':
@@ -108,6 +115,14 @@ class ChatTemplateConfig:
         if value.lstrip().startswith('{') or Path(value).is_file():
             return cls.from_json(value)
         raise TemplateError('LMD-170', name=value, names=', '.join(sorted(MODELS.module_dict)))
+
+
+def _wanted(field: str, value: Any) -> str | None:
+    """What a field must be, if ``value`` is not that."""
+    if field == 'stop_words':
+        listed = isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
+        return None if listed else 'a list of texts'
+    return None if isinstance(value, str) else 'a text'
 
 
 def _bad(source: str, reason: str) -> TemplateError:

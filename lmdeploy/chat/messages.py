@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from lmdeploy.errors import RequestError
@@ -10,6 +11,7 @@ from lmdeploy.errors import RequestError
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool', 'function', 'environment', 'ipython')
 """The roles that any conversation may use; a template may know others."""
 MAX_DEPTH = 64
+SURROGATE = re.compile('[\ud800-\udfff]')
 
 
 class Segment(NamedTuple):
@@ -87,7 +89,7 @@ def plain(value: Any, index: int = 0, depth: int = 0) -> Any:
         return value
     if isinstance(value, str):
         text = str.__str__(value)
-        if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text):
+        if not text.isascii() and SURROGATE.search(text):
             raise RequestError('LMD-175', index=index, reason='its text has a lone surrogate (not Unicode)')
         return text
     if isinstance(value, int):

@@ -22,7 +22,8 @@ from lmdeploy.chat.messages import Segment
 from lmdeploy.errors import RequestError
 
 FIRST, LAST = 0x100000, 0x10FFFD  # supplementary private use area B
-PRIVATE = f'[{chr(FIRST)}-{chr(LAST)}]'
+PRIVATE = re.compile(f'[{chr(FIRST)}-{chr(LAST)}]')
+STAND_INS = re.compile(f'({PRIVATE.pattern}+)')
 REASONING = re.compile(r'</?think(ing)?>')
 
 
@@ -44,8 +45,7 @@ class ControlStrings:
     def __init__(self, control: Iterable[str], special: Iterable[str]) -> None:
         control = {s for s in control if s and not s.isspace()}
         turns = {s for s in control & set(special) if not REASONING.fullmatch(s)}
-        self.everywhere = re.compile(f'{_any_of(control)}|{PRIVATE}')
-        self.in_answers = re.compile(f'{_any_of(turns)}|{PRIVATE}')
+        self.everywhere = re.compile(_any_of(control))
         self.turns = re.compile(_any_of(turns))
         # '&' because of HTML entities, which a template's filter might resolve
         marks = {c for s in control for c in s if not (c.isalnum() or c.isspace() or c == '_')} | {'&'}
@@ -86,7 +86,9 @@ class Cover:
 
     def text(self, text: str, answer: bool = False) -> str:
         """The text with its control strings (and private-use characters) exchanged for stand-ins."""
-        covered = (self.strings.in_answers if answer else self.strings.everywhere).sub(self._exchange, text)
+        if not text.isascii():
+            text = PRIVATE.sub(self._exchange, text)
+        covered = (self.strings.turns if answer else self.strings.everywhere).sub(self._exchange, text)
         if self.each_mark:
             return self.strings.marks.sub(self._exchange, covered)
         self.has_marks = self.has_marks or self.strings.marks.search(covered) is not None
@@ -108,7 +110,7 @@ class Cover:
     def open(self, rendered: str) -> list[Segment]:
         """The rendered text as segments, every stand-in turned back into the untrusted text that it stands for."""
         segments: list[Segment] = []
-        for i, run in enumerate(re.split(f'({PRIVATE}+)', rendered)):
+        for i, run in enumerate(STAND_INS.split(rendered)):
             if i % 2 == 0:
                 _append(segments, run, True)
                 continue

@@ -183,5 +183,6 @@ def test_the_table_is_sound():
     wanted = ('base llama internlm internlm2 internlm3 internvl-internlm2 internvl2-internlm2 internvl2_5 qwen qwen2d5 '
               'internlm-xcomposer2 qwen2d5-vl qwq qwen3 llama2 llama3 llama3_1 llama3_2 vicuna llava-v1 mistral '
               'mixtral deepseek deepseek-coder deepseek-r1 '
-              'gemma yi chatglm glm4 phi-3 phi-4 solar puyu codellama baichuan2')
+              'gemma yi chatglm glm4 phi-3 phi-4 solar puyu codellama '
+              'baichuan2')
     assert set(wanted.split()) <= set(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmdeploy.chat import MODELS, BaseChatTemplate, ChatTemplateConfig
-from lmdeploy.errors import TemplateError
+from lmdeploy.errors import ConfigError, TemplateError
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,14 @@ def test_fields_that_are_set_change_the_template():
 def test_an_unknown_name_is_a_plain_template_of_the_fields():
     template = ChatTemplateConfig('nobody', user='U', eoh='E').chat_template
     assert type(template) is BaseChatTemplate and template.get_prompt('p') == 'UpE'
+
+
+@pytest.mark.parametrize('fields', [{'user': 3}, {'stop_words': 3}, {'stop_words': 'x'}, {'stop_words': [3]},
+                                    {'model_name': 3}, {'capability': 'singing'}])
+def test_fields_of_a_wrong_type(fields):
+    with pytest.raises(ConfigError) as caught:
+        assert ChatTemplateConfig(**{'model_name': 'qwen3', **fields}).chat_template
+    assert caught.value.code in ('LMD-182', 'LMD-186') and caught.value.text('zh')
 
 
 def test_json_there_and_back(tmp_path):
