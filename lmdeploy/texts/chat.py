@@ -73,13 +73,13 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'tools must be a list of OpenAI-style tool descriptions, but a {given} was given.',
         'zh': 'tools 应为 OpenAI 格式的工具描述列表,但收到的是 {given}。',
     },
-    'LMD-186': {
-        'en': 'chat_template_config.{field} is a {given}, but must be {wanted}.',
-        'zh': 'chat_template_config.{field} 的类型是 {given},应为 {wanted}。',
-    },
     'LMD-185': {
         'en': '{source} carries no chat template of its own, which "hf" asks for. Choose a named one with '
               'chat_template_config.',
         'zh': '{source} 没有自带的对话模板,无法使用 "hf"。请通过 chat_template_config 选择内置模板。',
+    },
+    'LMD-186': {
+        'en': 'chat_template_config.{field} is a {given}, but must be {wanted}.',
+        'zh': 'chat_template_config.{field} 的类型是 {given},应为 {wanted}。',
     },
 }
