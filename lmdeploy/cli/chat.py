@@ -30,7 +30,7 @@ from lmdeploy.messages import GenerationConfig
 if TYPE_CHECKING:
     from lmdeploy.pipe import Pipeline
 
-DEFAULTS = GenerationConfig(do_sample=True, max_new_tokens=1024, temperature=0.6, top_p=0.9, top_k=40)
+DEFAULTS = GenerationConfig(do_sample=True, max_new_tokens=1024, temperature=0.4, top_p=0.9, top_k=40)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
