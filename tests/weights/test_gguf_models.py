@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmdeploy.config.model import ModelConfig
 from lmdeploy.errors import LoadError
 from lmdeploy.weights.checkpoint import open_checkpoint
 from lmdeploy.weights.gguf_config import shortest_float32
@@ -101,6 +102,7 @@ def test_config(tmp_path: Path, arch: str) -> None:
         assert config['sliding_window'] == 64 and config['sliding_window_pattern'] == 6
         assert config['query_pre_attn_scalar'] == HEAD_DIM and config['rope_local_base_freq'] == 10000.0
         assert config['hidden_activation'] == 'gelu_pytorch_tanh'
+    assert ModelConfig.from_dict(config).architecture == config['architectures'][0]
 
 
 def test_facts_that_only_tensors_tell(tmp_path: Path) -> None:
