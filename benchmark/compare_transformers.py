@@ -3,9 +3,9 @@
     python benchmark/compare_transformers.py [MODEL.gguf | alias] [--rounds 5] [--threads 2]
 
 Both sides load the same file in the same dtype and use the same threads; every round runs both, alternating, and the
-figure is the median of the rounds' ratios, since the speed of shared machines swings from minute to minute. transformers
-runs with a static cache, its setting for speed. Reported: single-stream decode, prefill of 512 tokens, and how many
-times the tokens per second of one stream 16 concurrent prompts give.
+figure is the median of the rounds' ratios, since the speed of shared machines swings from minute to minute.
+transformers runs with a static cache, its setting for speed. Reported: single-stream decode, prefill of 512 tokens,
+and how many times the tokens per second of one stream 16 concurrent prompts give.
 """
 
 from __future__ import annotations

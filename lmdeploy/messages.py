@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+FinishReason = Literal['stop', 'length', 'abort', 'error']
 LogitsProcessor = Callable[[Any, Any], Any]
 """``(token_ids: Tensor[n], logits: Tensor[vocab]) -> Tensor[vocab]``: a user's own change to one request's logits."""
 
@@ -210,7 +211,7 @@ class Response:
     text: str
     generate_token_len: int
     input_token_len: int
-    finish_reason: Literal['stop', 'length', 'abort', 'error'] | None = None
+    finish_reason: FinishReason | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
     logits: Any = None

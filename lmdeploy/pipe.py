@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from lmdeploy.errors import LmdeployError, RequestError
+from lmdeploy.errors import RequestError
 from lmdeploy.frontend.bridge import LoopThread
 from lmdeploy.frontend.frontend import AsyncFrontend, RequestOutput, merge
 from lmdeploy.frontend.params import check
@@ -139,10 +139,11 @@ class Pipeline:
 
     def get_ppl(self, input_ids: list[int] | list[list[int]]) -> list[float]:
         """The mean cross-entropy, in nats per token, of each sequence of two tokens or more (not exponentiated)."""
-        sequences = [input_ids] if input_ids and isinstance(input_ids[0], int) else input_ids
-        if not sequences or not all(isinstance(ids, (list, tuple)) and len(ids) > 1 for ids in sequences):
+        prompts, _ = classify(input_ids)
+        sequences = [prompt.token_ids or [] for prompt in prompts if isinstance(prompt, Prompt)]
+        if len(sequences) < max(len(prompts), 1) or not all(len(ids) > 1 for ids in sequences):
             raise RequestError('LMD-303', given='input_ids without two tokens in each sequence')
-        return self._loop.run(self._cross_entropies([list(ids) for ids in sequences]))
+        return self._loop.run(self._cross_entropies(sequences))
 
     def get_reward_score(self, input_ids: Any) -> list[float]:
         """Not supported: no reward model has been added yet."""
@@ -152,7 +153,7 @@ class Pipeline:
                        tools: list[dict] | None = None, stream_response: bool = True, sequence_start: bool = True,
                        sequence_end: bool = True, step: int = 0, do_preprocess: bool = True,
                        adapter_name: str | None = None, input_ids: list[int] | None = None,
-                       enable_thinking: bool | None = None) -> AsyncIterator[RequestOutput]:
+                       enable_thinking: bool | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Answer in the caller's own event loop: an async iterator of pieces (or, not streaming, one whole answer)."""
         prompt = classify(messages if input_ids is None else input_ids)[0][0]
         _refuse_adapter(adapter_name)
@@ -202,7 +203,8 @@ class Pipeline:
                   ) -> tuple[list[tuple[Prompt | RequestError, GenerationConfig]], bool, int]:
         _refuse_adapter(adapter_name)
         parsed, single = classify(prompts)
-        configs = gen_config if isinstance(gen_config, (list, tuple)) else [gen_config or GenerationConfig()] * len(parsed)
+        configs = gen_config if isinstance(gen_config, (list, tuple)) else [
+            gen_config or GenerationConfig()] * len(parsed)
         if len(configs) != len(parsed):
             raise RequestError('LMD-306', prompts=len(parsed), configs=len(configs))
         for config in configs:
@@ -213,10 +215,11 @@ class Pipeline:
         return list(zip(parsed, configs)), single, width
 
     async def _stream(self, requests: Sequence[tuple[Prompt | RequestError, GenerationConfig]], width: int,
-                      do_preprocess: bool) -> AsyncIterator[Response]:
+                      do_preprocess: bool) -> AsyncGenerator[Response, None]:
         gate = asyncio.Semaphore(IN_FLIGHT * self.frontend.capacity.max_batch_size)
 
-        async def one(i: int, prompt: Prompt | RequestError, config: GenerationConfig) -> AsyncIterator[Response]:
+        async def one(i: int, prompt: Prompt | RequestError,
+                      config: GenerationConfig) -> AsyncGenerator[Response, None]:
             async with gate:
                 if isinstance(prompt, RequestError):
                     yield _response(RequestOutput('', [], 0, 0, finish_reason='error', error=prompt), i * width)

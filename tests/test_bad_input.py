@@ -129,7 +129,8 @@ FOLDERS = {
     'GGUF of nothing': (lambda f: gguf(f, b''), None),
     'GGUF with a wrong magic': (lambda f: gguf(f, b'GGML' + bytes(64)), None),
     'GGUF cut in the header': (lambda f: gguf(f, b'GGUF' + struct.pack('<IQQ', 3, 10, 10)), None),
-    'GGUF with absurd counts': (lambda f: gguf(f, b'GGUF' + struct.pack('<IQQ', 3, 1 << 60, 1 << 60) + bytes(64)), None),
+    'GGUF with absurd counts': (
+        lambda f: gguf(f, b'GGUF' + struct.pack('<IQQ', 3, 1 << 60, 1 << 60) + bytes(64)), None),
 }
 
 
@@ -147,8 +148,8 @@ def test_a_bad_model_is_refused(case, folder):
     assert caught.value.text('zh')
 
 
-@pytest.mark.parametrize('path', ['', '\0', 'no/such/folder/here/at/all', '/no/such/folder', '../..', 'tmp/no/such/model',
-                                  'smollm2:13b', 'pypi:', 'ms:', '/dev/null', '/etc'])
+@pytest.mark.parametrize('path', ['', '\0', 'no/such/folder/here/at/all', '/no/such/folder', '../..',
+                                  'tmp/no/such/model', 'smollm2:13b', 'pypi:', 'ms:', '/dev/null', '/etc'])
 def test_a_bad_path_is_refused(path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     start = time.monotonic()
@@ -158,14 +159,15 @@ def test_a_bad_path_is_refused(path, monkeypatch):
 
 
 @pytest.mark.parametrize('options', [{'session_len': 0}, {'max_batch_size': -1}, {'cache_max_entry_count': math.nan},
-                                     {'dtype': 'float7'}, {'block_size': 3}, {'quant_policy': 5}, {'num_gpu_blocks': -1},
-                                     {'session_len': 10**7, 'cache_max_entry_count': 0.8}])
+                                     {'dtype': 'float7'}, {'block_size': 3}, {'quant_policy': 5},
+                                     {'num_gpu_blocks': -1}, {'session_len': 4096, 'num_gpu_blocks': 2}])
 def test_bad_engine_options_are_refused(options, good):
     with pytest.raises(LmdeployError):
         pipeline(str(good), PytorchEngineConfig(**options))
 
 
-@pytest.mark.parametrize('template', [ChatTemplateConfig('no-such-template-json-or-name', capability='chat', stop_words=3)])
+@pytest.mark.parametrize('template', [ChatTemplateConfig('mine', stop_words=3), ChatTemplateConfig('mine', system=[]),
+                                      ChatTemplateConfig(None), ChatTemplateConfig('mine', capability='fly')])
 def test_a_bad_template_config_is_refused(template, good):
     with pytest.raises(LmdeployError):
         pipeline(str(good), chat_template_config=template)

@@ -6,7 +6,7 @@ and recomputed), with prompts of unequal lengths in one batch.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,14 +49,15 @@ def prompts() -> list[list[int]]:
                                                            generator=generator).tolist() for n in LENGTHS]
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(folder: Path) -> list[list[int]]:
     model = load_reference(folder)
     answers = []
     with torch.inference_mode():
         for ids in prompts():
             out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                 max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+                                 max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None,
+                                 pad_token_id=0)
             answers.append(out[0, len(ids):].tolist())
     return answers
 

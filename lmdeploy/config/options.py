@@ -39,7 +39,8 @@ class Rule:
 
 def _choice(target: str, choices: dict[Any, Any]) -> Rule:
     def set_(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, (str, int, type(None))) or isinstance(value, bool) or value not in choices:
+        if not isinstance(value, (str, int, type(None))) or value not in choices or (
+                isinstance(value, bool) != any(isinstance(choice, bool) for choice in choices)):
             raise ConfigError('LMD-221', field=name, value=value, choices=', '.join(map(repr, choices)))
         return {target: choices[value]}
 
@@ -141,7 +142,7 @@ PYTORCH = SHARED | {
     'block_size': Rule('honoured', _block_size),
     'num_gpu_blocks': _count('num_blocks', none=False, zero=None),
     'device_type': _choice('device', DEVICES),
-    'eager_mode': Rule('honoured', lambda name, value: {'runner': 'eager' if _flag(name).set(name, value)[name] else 'graph'}),
+    'eager_mode': _choice('runner', {False: 'graph', True: 'eager'}),
     'distributed_executor_backend': _choice('executor', EXECUTORS),
     'adapters': REFUSED,
     'dp_rank': REFUSED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from lmdeploy.engine.core import EngineCore
@@ -44,7 +44,7 @@ class ThreadClient:
         self._thread = threading.Thread(target=self._run, name='lmdeploy-engine', daemon=True)
         self._thread.start()
 
-    async def submit(self, request: EngineInput) -> AsyncIterator[TokenDelta]:
+    async def submit(self, request: EngineInput) -> AsyncGenerator[TokenDelta, None]:
         """The deltas of ``request``; the last one has a finish. Closing the generator aborts the request.
 
         Raises:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from lmdeploy.errors import RequestError
@@ -45,7 +45,7 @@ class LoopThread:
             future.cancel()  # a no-op when the coroutine itself raised
             raise
 
-    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items of ``stream``; closing or dropping the iterator, or interrupting it, closes the stream."""
         self._check()
         items: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -85,14 +85,14 @@ class LoopThread:
             raise RequestError('LMD-315')
 
 
-async def _pump(stream: AsyncIterator[T], items: queue.SimpleQueue, ended: threading.Event) -> None:
+async def _pump(stream: AsyncGenerator[T, None], items: queue.SimpleQueue, ended: threading.Event) -> None:
     end: BaseException = StopAsyncIteration()
     try:
         try:
             async for item in stream:
                 items.put((item, None))
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
     except BaseException as error:  # handed to the waiting thread, whatever it is
         end = error
         if isinstance(error, asyncio.CancelledError):

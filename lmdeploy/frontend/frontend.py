@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend import params
 from lmdeploy.frontend.prompts import Prompt
-from lmdeploy.messages import GenerationConfig
+from lmdeploy.messages import FinishReason, GenerationConfig
 from lmdeploy.tokenizer.detokenize import Detokenizer
 from lmdeploy.tokenizer.stops import StopFilter
 
@@ -32,7 +32,7 @@ MAX_CHARS_PER_TOKEN = 8  # a prompt of more characters than this per token of co
 class EngineClient(Protocol):
     """A way to the engine: a thread of this process, or another process."""
 
-    def submit(self, request: EngineInput) -> AsyncIterator[TokenDelta]: ...
+    def submit(self, request: EngineInput) -> AsyncGenerator[TokenDelta, None]: ...
 
     def abort(self, request_id: str) -> None: ...
 
@@ -50,7 +50,7 @@ class RequestOutput:
     input_len: int
     generated_len: int
     choice: int = 0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     logprobs: list[dict[int, float]] | None = None
     logits: Any = None  # [rows, vocab] of the whole request, with the last output
     hidden: Any = None  # [rows, hidden], the same
@@ -104,7 +104,8 @@ class AsyncFrontend:
             raise RequestError('LMD-301', prompt_len=len(tokens), session_len=session_len, parts=parts,
                                model_len=self.model_len)
         stops = self.template.stop_words if do_preprocess or prompt.messages else ()
-        choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len)
+        choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len,
+                                        continues=prompt.text is not None and not do_preprocess)
         return Prepared(tokens, choices, rules)
 
     def _tokens(self, prompt: Prompt, do_preprocess: bool, sequence_start: bool, tools: list[dict] | None,
@@ -131,7 +132,7 @@ class AsyncFrontend:
 
     async def generate(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
                        sequence_start: bool = True, tools: list[dict] | None = None,
-                       enable_thinking: bool | None = None, salt: bytes = b'') -> AsyncIterator[RequestOutput]:
+                       enable_thinking: bool | None = None, salt: bytes = b'') -> AsyncGenerator[RequestOutput, None]:
         """Serve one request; with ``n > 1`` the outputs of its answers come interleaved, told apart by ``choice``.
 
         A failure of the request is an output with ``finish_reason='error'``, not an exception.
@@ -176,8 +177,10 @@ class AsyncFrontend:
                     raise delta.finish.error
         return total / (len(tokens) - 1)
 
-    async def _answer(self, request: EngineInput, rules: params.TextRules, choice: int) -> AsyncIterator[RequestOutput]:
-        text = AnswerText(Detokenizer(self.tokenizer, rules.skip_special_tokens, rules.spaces_between_special_tokens),
+    async def _answer(self, request: EngineInput, rules: params.TextRules,
+                      choice: int) -> AsyncGenerator[RequestOutput, None]:
+        text = AnswerText(Detokenizer(self.tokenizer, rules.skip_special_tokens, rules.spaces_between_special_tokens,
+                                      continues=rules.continues),
                           StopFilter(rules.stops, rules.include_stop))
         prompt_len, want_logprobs = len(request.tokens), request.params.logprobs >= 0
         logits: list[Any] = []
@@ -194,7 +197,7 @@ class AsyncFrontend:
                         hidden.append(delta.hidden)
                     piece = text.push(delta.tokens, _token_logprobs(delta) if want_logprobs else None)
                     finish = delta.finish
-                    reason = 'stop' if text.stopped else finish.reason if finish else None
+                    reason: FinishReason | None = 'stop' if text.stopped else finish.reason if finish else None
                     if finish is not None and not text.stopped:
                         piece.extend(text.flush())
                     generated += len(piece.token_ids)
@@ -297,11 +300,11 @@ def _concat(pieces: list[Any]) -> Any:
     return torch.cat(pieces)
 
 
-async def merge(streams: list[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+async def merge(streams: list[AsyncGenerator[Any, None]]) -> AsyncGenerator[Any, None]:
     """Interleave streams in the order in which items arrive; closing the result closes all of them."""
     queue: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
 
-    async def pump(stream: AsyncIterator[Any]) -> None:
+    async def pump(stream: AsyncGenerator[Any, None]) -> None:
         try:
             async with aclosing(stream):
                 async for item in stream:

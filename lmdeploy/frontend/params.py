@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.errors import RequestError
-from lmdeploy.frontend.bad_words import BadWords
+from lmdeploy.frontend.bad_words import BadWords, Decoder
 from lmdeploy.messages import GenerationConfig
 
 MAX_WORDS, MAX_WORD_LEN = 128, 1024
@@ -19,12 +19,11 @@ MAX_LOGPROBS = 1024
 SEEDS = 1 << 64
 
 
-class Vocabulary(Protocol):
+class Vocabulary(Decoder, Protocol):
     """What this module needs of a tokenizer."""
 
-    vocab_size: int
     eos_token_ids: Iterable[int]
-    added_tokens: dict[str, int]
+    control_tokens: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,7 @@ class TextRules:
     include_stop: bool
     skip_special_tokens: bool
     spaces_between_special_tokens: bool
+    continues: bool  # the answer goes on from a raw prompt: its first space is kept
 
 
 def check(gen: GenerationConfig, vocab_size: int) -> None:
@@ -70,7 +70,8 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
             _number('logit_bias', value, -100, 100)
     for name in ('output_logits', 'output_last_hidden_state'):
         if getattr(gen, name) not in (None, 'all', 'generation'):
-            raise RequestError('LMD-312', field=name, value=_short(getattr(gen, name)), choices="None, 'all', 'generation'")
+            raise RequestError('LMD-312', field=name, value=_short(getattr(gen, name)),
+                               choices="None, 'all', 'generation'")
     for name in ('do_sample', 'ignore_eos', 'skip_special_tokens', 'spaces_between_special_tokens',
                  'include_stop_str_in_output'):
         if not isinstance(getattr(gen, name), bool):
@@ -84,7 +85,7 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
 
 
 def resolve(gen: GenerationConfig, tokenizer: Vocabulary, template_stops: Sequence[str], *, prompt_len: int,
-            session_len: int) -> tuple[list[SamplingParams], TextRules]:
+            session_len: int, continues: bool = False) -> tuple[list[SamplingParams], TextRules]:
     """The sampling parameters of each of the ``n`` answers, and the rules for their text.
 
     End tokens are the tokenizer's, the template's and the request's together. A stop word that is one control token
@@ -93,8 +94,8 @@ def resolve(gen: GenerationConfig, tokenizer: Vocabulary, template_stops: Sequen
     """
     words = [*template_stops, *(gen.stop_words or ())]
     stop_ids = {*tokenizer.eos_token_ids, *(gen.stop_token_ids or ())}
-    stop_ids.update(tokenizer.added_tokens[word] for word in words if word in tokenizer.added_tokens)
-    stops = tuple(dict.fromkeys(word for word in words if word not in tokenizer.added_tokens))
+    stop_ids.update(tokenizer.control_tokens[word] for word in words if word in tokenizer.control_tokens)
+    stops = tuple(dict.fromkeys(word for word in words if word not in tokenizer.control_tokens))
     banned = set(gen.bad_token_ids or ())
     if gen.ignore_eos:
         banned |= stop_ids
@@ -128,7 +129,7 @@ def resolve(gen: GenerationConfig, tokenizer: Vocabulary, template_stops: Sequen
     rules = TextRules(stops=() if gen.ignore_eos and not gen.stop_words else stops,
                       include_stop=gen.include_stop_str_in_output,
                       skip_special_tokens=gen.skip_special_tokens,
-                      spaces_between_special_tokens=gen.spaces_between_special_tokens)
+                      spaces_between_special_tokens=gen.spaces_between_special_tokens, continues=continues)
     return [replace(params, seed=(seed + i) % SEEDS) for i in range(gen.n)], rules
 
 
@@ -161,8 +162,8 @@ def _words(gen: GenerationConfig, name: str) -> None:
         return
     if isinstance(words, str) or not isinstance(words, (list, tuple)) or len(words) > MAX_WORDS or not all(
             isinstance(w, str) and 0 < len(w) <= MAX_WORD_LEN for w in words):
-        raise RequestError('LMD-311', field=name, what=f'a list of non-empty texts of at most {MAX_WORD_LEN} characters',
-                           most=MAX_WORDS)
+        raise RequestError('LMD-311', field=name, most=MAX_WORDS,
+                           what=f'a list of non-empty texts of at most {MAX_WORD_LEN} characters')
 
 
 def _ids(name: str, ids: Any, vocab_size: int) -> None:

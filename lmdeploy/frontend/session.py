@@ -18,7 +18,8 @@ class Session:
             when it is exhausted.
     """
 
-    def __init__(self, session_id: int, chat: Callable[..., Session], gen_config: GenerationConfig | None = None) -> None:
+    def __init__(self, session_id: int, chat: Callable[..., Session],
+                 gen_config: GenerationConfig | None = None) -> None:
         self._id = session_id
         self._step = 0  # tokens of the conversation so far
         self._prompt: Any = None
