@@ -73,9 +73,9 @@ def log_normaliser(logits: Tensor) -> Tensor:
     best = logits.amax(-1, keepdim=True)
     weights = (logits - best).exp_()
     blocks = weights.shape[-1] // _BLOCK
-    sums = weights[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK)).sum(-1, dtype=torch.float64).sum(-1)
+    sums = weights[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK)).sum(-1)
     tail = weights[:, blocks * _BLOCK :].sum(-1, dtype=torch.float64)
-    return (sums + tail).log() + best.squeeze(-1)
+    return (sums.sum(-1, dtype=torch.float64) + tail).log() + best.squeeze(-1)
 
 
 def _flat(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

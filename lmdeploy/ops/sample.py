@@ -102,7 +102,7 @@ def keep(weights: Tensor, sums: Tensor, limit: Tensor, total: Tensor, top_p: Ten
         limit: ``[R] int64`` from top-k. total: ``[R, 1] float64``, mass of the tokens that top-k leaves.
 
     Returns:
-        ``[R] int64``; values that reach K say only "K or more" (or K + 1 where K weights have not enough mass).
+        ``[R] int64``, at most ``limit``.
     """
     by_mass = (sums < top_p[:, None] * total).sum(-1) + 1
     by_mass = torch.where(top_p < 1, by_mass, limit)

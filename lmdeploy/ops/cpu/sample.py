@@ -1,8 +1,9 @@
-"""Drawing tokens on a CPU without sorting the vocabulary: exact, by blocks.
+"""Drawing tokens on a CPU without sorting the vocabulary, exactly.
 
-The K best of V logits lie in the K blocks with the largest maxima, and block maxima are cheap (one vectorised pass).
-A row is ranked to 64 tokens first; where its cuts need more, or a tie crosses the edge of what was ranked, that row
-alone is ranked deeper. Which tokens come out depends on the row only: the ranking is canonical at every depth.
+A row that cuts nothing off is drawn in two steps, block and token. Rows that do are ranked to 64 tokens, all at once:
+the 64 best of V logits lie in the 64 blocks with the largest maxima, and block maxima cost one vectorised pass. A row
+that keeps more, or whose ranking ends in a tie, then ranks the tokens above a floor that it keeps nothing below.
+The ranking is canonical either way, so which tokens come out depends on the row only.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch.nn import functional as F
 
 from lmdeploy.ops import sample as reference
 
-DEPTHS = (64, 1024)  # then the whole row
+DEPTH = 64  # tokens that are ranked for many rows at once
 BLOCK = 64
 
 
 @reference.greedy.impl('cpu')
 def greedy(logits: Tensor) -> Tensor:
     """See :func:`lmdeploy.ops.sample.greedy`; about 10 times faster than ``argmax``."""
-    blocks = _blocks(logits, BLOCK, float('-inf'))
+    blocks = _blocks(logits, float('-inf'))
     best = blocks.amax(-1).argmax(-1)
     inside = blocks[torch.arange(len(best)), best].argmax(-1)
     return best * BLOCK + inside
@@ -30,75 +31,102 @@ def greedy(logits: Tensor) -> Tensor:
 def ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`lmdeploy.ops.sample.ranked`."""
     rows, vocab = logits.shape
+    values, ids = logits.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
     if k == 0:
-        return logits[:, :0], torch.empty(rows, 0, dtype=torch.int64)
-    out_values, out_ids = logits.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
-    todo = torch.arange(rows)
-    for depth in _depths(vocab, k + 1):
-        values, ids = _top(logits[todo], depth)
-        done = _settled(values, k, vocab)
-        out_values[todo[done]], out_ids[todo[done]] = values[done, :k], ids[done, :k]
-        todo = todo[~done]
-        if not len(todo):
-            break
-    return out_values, out_ids
+        return values, ids
+    rest = range(rows)
+    if k < DEPTH < vocab:
+        best, best_ids = _top(logits)
+        values[:], ids[:] = best[:, :k], best_ids[:, :k]
+        rest = torch.nonzero(best[:, k - 1] == best[:, -1]).flatten().tolist()
+    for row in rest:
+        above, above_ids = _above(logits[row], _kth(logits[row], k))
+        values[row], ids[row] = above[:k], above_ids[:k]
+    return values, ids
 
 
 @reference.draw.impl('cpu')
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """See :func:`lmdeploy.ops.sample.draw`."""
     vocab = logits.shape[-1]
-    out = torch.empty(len(logits), dtype=torch.int64)
     cut = reference.truncates(top_k, top_p, min_p, vocab)
-    for rows, of in ((torch.nonzero(cut).squeeze(-1), _draw_ranked), (torch.nonzero(~cut).squeeze(-1), _draw_plain)):
-        if len(rows) == len(logits):
-            return of(logits, temperature, top_k, top_p, min_p, uniform)
-        if len(rows):
-            out[rows] = of(*(t[rows] for t in (logits, temperature, top_k, top_p, min_p, uniform)))
-    return out
+    shallow = cut & ((top_k == 0) | (top_k < DEPTH)) & (vocab > DEPTH)
+    arguments = (logits, temperature, top_k, top_p, min_p, uniform)
+    tokens = torch.full((len(logits),), -1)
+    for kind, rows in ((_draw_plain, ~cut), (_draw_shallow, shallow)):
+        if rows.all():
+            tokens = kind(*arguments)
+        elif rows.any():
+            tokens[rows] = kind(*(argument[rows] for argument in arguments))
+    for row in torch.nonzero(tokens < 0).flatten().tolist():
+        tokens[row] = _draw_deep(*(argument[row : row + 1] for argument in arguments))
+    return tokens
 
 
 def _draw_plain(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
                 uniform: Tensor) -> Tensor:
-    """Rows that cut nothing: first the block, then the token inside it."""
-    weights = _weights(logits, temperature)
-    blocks = _blocks(weights, BLOCK, 0.0)
-    masses = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    goal = torch.minimum(uniform * masses[:, -1], torch.nextafter(masses[:, -1], torch.zeros_like(uniform)))
+    """Rows that cut nothing off: first the block, then the token inside it."""
+    blocks = _blocks(_weights(logits, temperature), 0.0)
+    masses = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    nothing = torch.zeros_like(uniform)
+    goal = torch.minimum(uniform * masses[:, -1], torch.nextafter(masses[:, -1], nothing))
     block = torch.searchsorted(masses, goal[:, None], right=True).squeeze(-1)
-    before = torch.where(block > 0, masses.gather(-1, (block - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)
+    before = F.pad(masses, (1, 0)).gather(-1, block[:, None]).squeeze(-1)
     sums = blocks[torch.arange(len(block)), block].cumsum(-1, dtype=torch.float64)
-    goal = torch.minimum(goal - before, torch.nextafter(sums[:, -1], torch.zeros_like(uniform)))
+    goal = torch.minimum(goal - before, torch.nextafter(sums[:, -1], nothing))
     return block * BLOCK + torch.searchsorted(sums, goal[:, None], right=True).squeeze(-1)
 
 
-def _draw_ranked(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
-                 uniform: Tensor) -> Tensor:
-    rows, vocab = logits.shape
-    out = torch.empty(rows, dtype=torch.int64)
+def _draw_shallow(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+                  uniform: Tensor) -> Tensor:
+    """Rows that may keep less than DEPTH tokens; -1 where the last one ties with the edge of the ranking."""
+    limit = reference.limits(top_k, logits.shape[-1])
+    whole = (top_k == 0) & (top_p < 1)
+    mass = torch.full_like(uniform, torch.inf)
+    if whole.all():
+        mass = _mass(_weights(logits, temperature))
+    elif whole.any():
+        mass[whole] = _mass(_weights(logits[whole], temperature[whole]))
+    values, ids = _top(logits)
+    tokens, kept = _draw_ranked(values, ids, temperature, limit, top_p, min_p, uniform, mass)
+    last = values.gather(-1, kept[:, None] - 1).squeeze(-1)
+    return torch.where(last > values[:, -1], tokens, -1)
+
+
+def _draw_deep(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+               uniform: Tensor) -> Tensor:
+    """One row with any cuts.
+
+    With top-k the floor is the k-th best logit. Without, tokens lighter than ``(1 - top_p) * mass / V`` weigh less than
+    ``1 - top_p`` of the mass all together, so the others hold the nucleus; half of that is safe from rounding.
+    """
+    vocab = logits.shape[-1]
     limit = reference.limits(top_k, vocab)
-    total = torch.zeros(rows, dtype=torch.float64)  # the whole row's mass, where top-k is off and top-p on
-    full = torch.nonzero((limit == vocab) & (top_p < 1)).squeeze(-1)
-    if len(full):
-        blocks = _blocks(_weights(logits[full], temperature[full]), BLOCK, 0.0)
-        total[full] = blocks.sum(-1, dtype=torch.float64).sum(-1)
-    todo = torch.arange(rows)
-    for depth in _depths(vocab, 1):
-        part = logits if len(todo) == rows else logits[todo]
-        values, ids = _top(part, depth)
-        weights = ((values - values[:, :1]) / temperature[todo, None]).exp()
-        sums = weights.cumsum(-1, dtype=torch.float64)
-        bound = limit[todo]
-        within = sums.gather(-1, bound.clamp(max=depth)[:, None] - 1).squeeze(-1)
-        mass = torch.where(bound == vocab, total[todo], within)
-        kept = reference.keep(weights, sums, bound, mass[:, None], top_p[todo], min_p[todo])
-        done = _settled(values, kept, vocab) & ((bound <= depth) | (bound == vocab))
-        place = reference.invert(sums[done], kept[done], uniform[todo[done]])
-        out[todo[done]] = ids[done].gather(-1, place[:, None]).squeeze(-1)
-        todo = todo[~done]
-        if not len(todo):
-            break
-    return out
+    if limit.item() < vocab:
+        values, ids = _above(logits[0], _kth(logits[0], int(limit)))
+        unknown = torch.full_like(uniform, torch.inf)
+        return _draw_ranked(values[None], ids[None], temperature, limit, top_p, min_p, uniform, unknown)[0]
+    weights = _weights(logits, temperature)
+    mass = _mass(weights)
+    floor = torch.where(top_p < 1, 0.5 * (1 - top_p) * mass / vocab, 0.0)
+    ids = torch.nonzero(weights[0] >= torch.maximum(floor, min_p)).squeeze(-1)
+    values, order = logits[0, ids].sort(descending=True, stable=True)
+    return _draw_ranked(values[None], ids[order][None], temperature, limit, top_p, min_p, uniform, mass)[0]
+
+
+def _draw_ranked(values: Tensor, ids: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
+                 uniform: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw from ranked candidates ``[R, K]``: ``(tokens [R], kept [R])``.
+
+    ``mass [R]``: of the whole row, where top-k is off; infinite: that of the best ``limit`` candidates.
+    """
+    weights = ((values - values[:, :1]) / temperature[:, None]).exp()
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    limit = limit.clamp(max=values.shape[-1])[:, None]
+    total = torch.where(mass.isinf()[:, None], sums.gather(-1, limit - 1), mass[:, None])
+    kept = reference.keep(weights, sums, limit.squeeze(-1), total, top_p, min_p)
+    place = reference.invert(sums, kept, uniform)
+    return ids.gather(-1, place[:, None]).squeeze(-1), kept
 
 
 def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -106,46 +134,40 @@ def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
     return logits.sub(logits.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
 
 
-def _depths(vocab: int, least: int) -> list[int]:
-    return [depth for depth in DEPTHS if least <= depth < vocab] + [vocab]
+def _mass(weights: Tensor) -> Tensor:
+    """``[R, V] float32 -> [R] float64``."""
+    return _blocks(weights, 0.0).sum(-1).sum(-1, dtype=torch.float64)
 
 
-def _settled(values: Tensor, kept: Tensor | int, vocab: int) -> Tensor:
-    """``[R] bool``: the first ``kept`` ranked tokens are certain: none of them ties with the edge of the ranking."""
-    depth = values.shape[-1]
-    if depth == vocab:
-        return torch.ones(len(values), dtype=torch.bool)
-    if isinstance(kept, int):
-        return values[:, kept - 1] > values[:, -1]
-    last = values.gather(-1, kept.clamp(max=depth)[:, None] - 1).squeeze(-1)
-    return (kept < depth) & (last > values[:, -1])
-
-
-def _top(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The ``depth`` best tokens of each row in canonical order; those that tie with the last of them are arbitrary."""
-    vocab = logits.shape[-1]
-    if depth == vocab:
-        return reference.ranked.reference(logits, vocab)
-    size = 1 << max(3, ((vocab // depth).bit_length() // 2))  # about sqrt(V / depth) balances the two passes
-    size = BLOCK if depth == DEPTHS[0] and size >= BLOCK // 2 else size
-    count = -(-vocab // size)
-    if count <= depth:
-        values, ids = logits.topk(depth, sorted=False)
+def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The DEPTH best tokens of each row in canonical order; which of those that tie with the last one is arbitrary."""
+    blocks = _blocks(logits, float('-inf'))
+    if blocks.shape[1] <= DEPTH:
+        values, ids = logits.topk(DEPTH, sorted=False)
     else:
-        blocks = _blocks(logits, size, float('-inf'))
-        best = blocks.amax(-1).topk(depth, sorted=False).indices
-        spots = (best[:, :, None] * size + torch.arange(size)).flatten(1)
-        some = blocks.gather(1, best[:, :, None].expand(-1, -1, size)).flatten(1)
-        values, inside = some.topk(depth, sorted=False)
-        ids = spots.gather(1, inside)
+        best = blocks.amax(-1).topk(DEPTH, sorted=False).indices[:, :, None]
+        values, inside = blocks.gather(1, best.expand(-1, -1, BLOCK)).flatten(1).topk(DEPTH, sorted=False)
+        ids = (best * BLOCK + torch.arange(BLOCK)).flatten(1).gather(1, inside)
     ids, order = ids.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
 
 
-def _blocks(x: Tensor, size: int, fill: float) -> Tensor:
-    """``[R, V] -> [R, ceil(V / size), size]``; a copy only where V is not a multiple of ``size``."""
-    rest = x.shape[-1] % size
+def _kth(row: Tensor, k: int) -> Tensor:
+    """The k-th best of ``row [V]``."""
+    return row.topk(k, sorted=False).values.amin()
+
+
+def _above(row: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of ``row [V]`` that reach ``floor``, in canonical order: values and ids."""
+    ids = torch.nonzero(row >= floor).squeeze(-1)
+    values, order = row[ids].sort(descending=True, stable=True)
+    return values, ids[order]
+
+
+def _blocks(x: Tensor, fill: float) -> Tensor:
+    """``[R, V] -> [R, ceil(V / BLOCK), BLOCK]``; a copy only where V is not a multiple of BLOCK."""
+    rest = x.shape[-1] % BLOCK
     if rest:
-        x = F.pad(x, (0, size - rest), value=fill)
-    return x.unflatten(-1, (-1, size))
+        x = F.pad(x, (0, BLOCK - rest), value=fill)
+    return x.unflatten(-1, (-1, BLOCK))
