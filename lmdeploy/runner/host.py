@@ -33,6 +33,16 @@ def limit_threads() -> int:
     return threads
 
 
+def return_freed_memory() -> None:
+    """Give heap memory that was freed back to the system, where the C library would rather keep it."""
+    if sys.platform == 'linux':
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
+
+
 def _system_memory() -> tuple[int, int]:
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():

@@ -26,7 +26,7 @@ CPU_BATCH, GPU_BATCH, BIG_GPU_BATCH = 16, 128, 512
 BIG_GPU = 64 << 30
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 8192
 LEAST_SESSION = 256  # tokens; a default context is not reduced below this
-BASE_WORKSPACE = 64 << 20  # allocator slack, index tensors, the runtime's own buffers
+BASE_WORKSPACE = 128 << 20  # allocator slack, index tensors, the runtime's own buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,10 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
         max_step_tokens=step,
     )
     left = room.free - plan.weights - plan.workspace
-    if left < plan.block * 4:
-        raise ConfigError('LMD-202', needed=gib(plan.weights + plan.workspace + 4 * plan.block), free=gib(room.free),
+    table = model.vocab_size * model.hidden_size * 4  # the largest tensor, once more in float32 while it is read
+    needed = plan.weights + max(plan.workspace + 4 * plan.block, table if plan.weights else 0)
+    if needed > room.free:
+        raise ConfigError('LMD-202', needed=gib(needed), free=gib(room.free),
                           weights=gib(plan.weights), workspace=gib(plan.workspace), dtype=name_of(dtype))  # fmt: skip
     if engine.num_blocks is not None:
         return _with_blocks(plan, engine, left, engine.num_blocks)

@@ -27,7 +27,7 @@ from lmdeploy.ops.cpu.features import auto_dtype
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.handle import Launched
-from lmdeploy.runner.host import limit_threads
+from lmdeploy.runner.host import limit_threads, return_freed_memory
 from lmdeploy.runner.memory import MemoryPlan, measure, name_of, plan_memory
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
@@ -64,7 +64,7 @@ class ModelRunner:
         self.slots: SlotTable
         self.sampler: Sampler
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode: weights are read by threads of their own
     def start(self) -> None:
         """Load the model and allocate its cache; what cannot work is refused before a weight is read.
 
@@ -79,6 +79,7 @@ class ModelRunner:
             checkpoint.finish(self.model.ignore)
         finally:
             checkpoint.close()
+        return_freed_memory()
         if self.device.type != 'cpu':  # what the weights really took is known now
             self.plan = plan_memory(self._sized(), self.model_config, self.dtype, measure(self.device), weights=0)
         plan = self.plan
@@ -93,6 +94,7 @@ class ModelRunner:
         for name in ('model', 'kv', 'slots', 'sampler'):
             self.__dict__.pop(name, None)
         gc.collect()
+        return_freed_memory()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Launched:
