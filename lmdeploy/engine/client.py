@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from lmdeploy.engine.core import EngineCore
+from lmdeploy.engine.faults import fatal
 from lmdeploy.engine.metrics import EngineStats
-from lmdeploy.engine.request import EngineInput, TokenDelta
+from lmdeploy.engine.request import EngineInput, Finish, TokenDelta
 from lmdeploy.errors import EngineDead, RequestError
 
 JOIN_SECONDS = 30.0  # a step that runs when the client is closed may take so long
@@ -101,14 +102,14 @@ class ThreadClient:
                 deltas = self._core.step()
                 self._stats = self._core.stats()
                 self._deliver(deltas)
-        except BaseException as cause:
-            with self._wake:
-                self._closing = True
-            self._core.die(cause)
-            raise
-        finally:
             self._deliver(self._core.close())
             self._stats = self._core.stats()
+        except BaseException as cause:  # the bookkeeping itself failed: nobody shall wait for ever
+            with self._wake:
+                self._closing = True
+                streams = list(self._streams)
+            self._deliver([TokenDelta(name, [], Finish('error', error=fatal(cause))) for name in streams])
+            raise
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         batches: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenDelta]]] = {}

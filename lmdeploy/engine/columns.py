@@ -1,10 +1,25 @@
-"""Columns: the rows of a step while it is being planned."""
+"""Columns: the rows of a step while it is being planned.
+
+Rows come in three kinds, in this order in the plan: steady ones (one token, one draw, no new block; nearly all rows of
+a busy engine, so that they are lean), other decodes, and prefill chunks.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from lmdeploy.engine.plan import OpenSlot, StepPlan
+from lmdeploy.engine.plan import OUTPUT_LAST, OpenSlot, StepPlan
+
+
+class Steady:
+    """Rows of which slot, position and token say everything."""
+
+    __slots__ = ('slots', 'starts', 'tokens')
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.starts: list[int] = []
+        self.tokens: list[int] = []
 
 
 class Columns:
@@ -25,21 +40,30 @@ class Columns:
         self.masks: list[tuple[int, np.ndarray]] = []  # (row, mask)
 
 
-def build(step: int, decode: Columns, prefill: Columns, opened: tuple[OpenSlot, ...], closed: tuple[int, ...]) -> StepPlan:
-    """One plan, rows that decode first."""
-    first = len(decode.slots)
-    masks = decode.masks + [(first + row, mask) for row, mask in prefill.masks]
+def build(step: int, steady: Steady, decode: Columns, prefill: Columns, opened: tuple[OpenSlot, ...],
+          closed: tuple[int, ...]) -> StepPlan:
+    """One plan of all rows."""
+    first = len(steady.slots)
+    if not decode.slots and not prefill.slots:
+        ones = np.arange(first + 1, dtype=np.int32)
+        return StepPlan(
+            step=step, slots=np.array(steady.slots, np.int32), starts=np.array(steady.starts, np.int32), query_start=ones,
+            tokens=np.array(steady.tokens, np.int32), block_start=np.zeros(first + 1, np.int32),
+            blocks=np.zeros(0, np.int32), outputs=np.full(first, OUTPUT_LAST, np.uint8), sample=np.ones(first, np.bool_),
+            drafts=np.zeros(first, np.int32), opened=opened, closed=closed)
+    masks = [(first + row, mask) for row, mask in decode.masks]
+    masks += [(first + len(decode.slots) + row, mask) for row, mask in prefill.masks]
     return StepPlan(
         step=step,
-        slots=_int32(decode.slots, prefill.slots),
-        starts=_int32(decode.starts, prefill.starts),
-        query_start=_offsets(decode.lengths, prefill.lengths),
-        tokens=_int32(decode.tokens, prefill.tokens),
-        block_start=_offsets(decode.counts, prefill.counts),
-        blocks=_int32(decode.blocks, prefill.blocks),
-        outputs=np.array(decode.outputs + prefill.outputs, np.uint8),
-        sample=np.array(decode.sample + prefill.sample, np.bool_),
-        drafts=_int32(decode.drafts, prefill.drafts),
+        slots=np.array(steady.slots + decode.slots + prefill.slots, np.int32),
+        starts=np.array(steady.starts + decode.starts + prefill.starts, np.int32),
+        query_start=_offsets([1] * first + decode.lengths + prefill.lengths),
+        tokens=np.array(steady.tokens + decode.tokens + prefill.tokens, np.int32),
+        block_start=_offsets([0] * first + decode.counts + prefill.counts),
+        blocks=np.array(decode.blocks + prefill.blocks, np.int32),
+        outputs=np.array([OUTPUT_LAST] * first + decode.outputs + prefill.outputs, np.uint8),
+        sample=np.array([True] * first + decode.sample + prefill.sample, np.bool_),
+        drafts=np.array([0] * first + decode.drafts + prefill.drafts, np.int32),
         opened=opened,
         closed=closed,
         mask_rows=np.array([row for row, _ in masks], np.int32) if masks else None,
@@ -47,11 +71,7 @@ def build(step: int, decode: Columns, prefill: Columns, opened: tuple[OpenSlot, 
     )
 
 
-def _int32(first: list[int], second: list[int]) -> np.ndarray:
-    return np.array(first + second if second else first, np.int32)
-
-
-def _offsets(first: list[int], second: list[int]) -> np.ndarray:
-    offsets = np.zeros(len(first) + len(second) + 1, np.int32)
-    np.cumsum(first + second if second else first, out=offsets[1:])
+def _offsets(lengths: list[int]) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
     return offsets

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 
+from lmdeploy.engine.faults import contained, fatal
 from lmdeploy.engine.metrics import EngineStats
 from lmdeploy.engine.plan import StepPlan
 from lmdeploy.engine.request import Drafter, EngineInput, Finish, TokenDelta
 from lmdeploy.engine.scheduler import Scheduler
-from lmdeploy.errors import EngineDead, LmdeployError, RequestError
+from lmdeploy.errors import EngineDead, LmdeployError
 from lmdeploy.executor.base import Capacity, Executor, StepHandle
 from lmdeploy.log import get_logger
 
@@ -85,10 +86,8 @@ class EngineCore:
                 if self.dead is not None:
                     raise self.dead
                 self.scheduler.add(mail)
-            except LmdeployError as error:
-                refused.append(TokenDelta(mail.id, [], Finish('error', error=error), prompt_len=len(mail.tokens)))
-            except Exception as cause:  # an input of impossible kind is that request's failure
-                error = RequestError('LMD-337', cause=f'{type(cause).__name__}: {cause}')
+            except Exception as cause:  # an input of impossible kind is that request's failure, and no other's
+                error = cause if isinstance(cause, LmdeployError) else contained(cause)
                 refused.append(TokenDelta(mail.id, [], Finish('error', error=error)))
         return refused
 
@@ -96,8 +95,7 @@ class EngineCore:
         """Serve nothing any more: every request, now or later, fails with ``cause``."""
         if self.dead is None:
             get_logger().critical('the engine stops', exc_info=cause)
-            self.dead = cause if isinstance(cause, EngineDead) else EngineDead(
-                'LMD-338', cause=f'{type(cause).__name__}: {cause}')
+            self.dead = fatal(cause)
         self.launched.clear()
         self.scheduler.fail_all(self.dead)
 

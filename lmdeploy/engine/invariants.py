@@ -61,6 +61,7 @@ def _request(scheduler: Scheduler, request: Request) -> None:
             '4.4: a request without a slot holds something'
         return
     if request.finish is None:
+        assert request.settled < request.publish_at, '4.5: a block that could be published is not'
         assert request.settled <= request.computed <= request.total and request.settled <= known, '4.1: positions disagree'
         assert known <= request.limit, '4.1: more tokens than its limit'
         assert request.computed <= max(request.prompt_len, request.limit - 1), '4.1: computed beyond what it can say'

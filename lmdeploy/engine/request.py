@@ -153,17 +153,11 @@ class Request:
     rows_out: int = 0  # output positions handed out so far, for 'all'
     preempted: bool = False
 
-    # what makes a row more than an id and a position, decided once
+    # what makes a row more than an id and a position, decided once (see lmdeploy.engine.intake)
     serial: bool = False  # a row that samples waits until all earlier tokens are known
     all_rows: bool = False  # logits or hidden states of every position
     outputs: bool = False  # any logits, hidden states or log-probabilities
-
-    def __post_init__(self) -> None:
-        params = self.params
-        self.serial = self.grammar is not None or params.needs_host
-        self.all_rows = params.output_logits == 'all' or params.output_hidden == 'all'
-        self.outputs = bool(params.output_logits or params.output_hidden or params.logprobs >= 0)
-        self.stop_ids = frozenset(params.stop_ids)
+    plain: bool = False  # neither serial nor all_rows
 
     @property
     def total(self) -> int:

@@ -18,14 +18,15 @@ from operator import attrgetter
 
 import numpy as np
 
-from lmdeploy.engine.block_pool import BlockPool, root_key
-from lmdeploy.engine.columns import Columns, build
+from lmdeploy.engine.block_pool import BlockPool
+from lmdeploy.engine.columns import Columns, Steady, build
+from lmdeploy.engine.faults import bad_row, contained
 from lmdeploy.engine.groups import Group, Groups
+from lmdeploy.engine.intake import longest, receive, refuse
 from lmdeploy.engine.invariants import check
 from lmdeploy.engine.metrics import Counters
 from lmdeploy.engine.outputs import cut_logprobs, take_rows
-from lmdeploy.engine.plan import (DEAD_MASK, NON_FINITE, OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, PROCESSOR_FAILED,
-                                  OpenSlot, StepPlan, StepResult)
+from lmdeploy.engine.plan import NON_FINITE, OK, OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, OpenSlot, StepPlan, StepResult
 from lmdeploy.engine.request import NEVER, Drafter, EngineInput, Finish, Request, TokenDelta
 from lmdeploy.engine.waiting import WaitingQueue
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
@@ -54,8 +55,7 @@ class Scheduler:
         self.block_size = capacity.block_size
         self.step_tokens = capacity.max_step_tokens
         self.slots = min(capacity.max_batch_size, capacity.max_step_tokens)
-        # a request alone may fill the pool; the KV of the last token is never computed
-        self.session_len = min(capacity.session_len, capacity.num_blocks * capacity.block_size + 1)
+        self.session_len = longest(capacity)
         self.prefix_caching = prefix_caching
         self.drafter = drafter
         self.pool = BlockPool(capacity.num_blocks, debug=debug)
@@ -82,11 +82,13 @@ class Scheduler:
             RequestError: LMD-330 to LMD-333, and the request leaves no trace.
         """
         try:
-            self._refuse(given)
-        except RequestError:
+            refuse(given, self.capacity, self.requests)
+        except Exception:
             self.counters.rejected += 1
             raise
-        request = self._new(given)
+        self._seq += 1
+        request = receive(given, self._seq, self.capacity, prefix_caching=self.prefix_caching,
+                          drafts=self.drafter is not None)
         self.requests[request.id] = request
         self.counters.accepted += 1
         self.counters.prompt_tokens += request.prompt_len
@@ -114,44 +116,17 @@ class Scheduler:
                 self._leave(request)
         self.flying = 0
 
-    def _refuse(self, given: EngineInput) -> None:
-        length = len(given.tokens)
-        if given.id in self.requests:
-            raise RequestError('LMD-333', id=given.id)
-        if not 1 <= length < self.capacity.session_len:
-            raise RequestError('LMD-330', prompt_len=length, most=self.capacity.session_len - 1)
-        needed = -(-length // self.block_size)
-        if needed > self.capacity.num_blocks:
-            raise RequestError('LMD-332', prompt_len=length, needed=needed, num_blocks=self.capacity.num_blocks)
-        low, high = min(given.tokens), max(given.tokens)
-        if low < 0 or high >= self.capacity.vocab_size:
-            raise RequestError('LMD-331', token=low if low < 0 else high, vocab_size=self.capacity.vocab_size)
-
-    def _new(self, given: EngineInput) -> Request:
-        self._seq += 1
-        length = len(given.tokens)
-        request = Request(
-            id=given.id, seq=self._seq, tokens=list(given.tokens), prompt_len=length, params=given.params,
-            limit=min(length + given.params.max_new_tokens, self.session_len), tenant=given.tenant,
-            priority=given.priority, images=given.images, grammar=given.grammar)
-        if self.drafter is not None:
-            request.serial = True
-        if self.prefix_caching:
-            request.root = root_key(given.salt, given.tenant.encode(), given.adapter.encode())
-            request.publish_limit = NEVER
-        return request
-
     # -- what runs next ------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
         """The next step; without rows if there is nothing to launch before a launched step retires."""
-        decode, prefill = Columns(), Columns()
+        steady, decode, prefill = Steady(), Columns(), Columns()
         opened: list[OpenSlot] = []
         failed: list[tuple[Request, Exception]] = []
-        spare, settled = self._plan_running(decode, prefill, failed)
+        spare, settled = self._plan_running(steady, decode, prefill, failed)
         if settled:
             self._admit(prefill, opened, spare, failed)
-        rows = len(decode.slots) + len(prefill.slots)
+        rows = len(steady.slots) + len(decode.slots) + len(prefill.slots)
         closed: tuple[int, ...] = ()
         if rows:
             closed, self._closed = tuple(self._closed), []
@@ -161,7 +136,7 @@ class Scheduler:
             self._step += 1
             self.flying += rows
             self.counters.steps += 1
-        plan = build(self._step, decode, prefill, tuple(opened), closed)
+        plan = build(self._step, steady, decode, prefill, tuple(opened), closed)
         self.counters.computed_tokens += plan.num_tokens
         return plan
 
@@ -174,7 +149,8 @@ class Scheduler:
             self._closed.remove(slot)
         return [slot for slot in opened if slot.slot not in unheard]
 
-    def _plan_running(self, decode: Columns, prefill: Columns, failed: list[tuple[Request, Exception]]) -> tuple[int, bool]:
+    def _plan_running(self, steady: Steady, decode: Columns, prefill: Columns,
+                      failed: list[tuple[Request, Exception]]) -> tuple[int, bool]:
         """Rows for running requests, by rank: each may have one token of the budget, long ones share the rest.
 
         Returns the rest of the budget, and whether everybody got the blocks for it.
@@ -185,10 +161,19 @@ class Scheduler:
         while at < end:
             request = running[at]
             at += 1
-            start = request.computed
-            total = len(request.tokens) + request.pending
+            start, pending = request.computed, request.pending
+            total = len(request.tokens) + pending
             todo = total - start
-            if not todo or (total >= request.limit and start >= request.prompt_len) or (request.serial and request.pending):
+            if todo == 1 and request.plain and total < request.limit and start < len(request.blocks) * block_size:
+                # what _launch does, for the usual row
+                steady.slots.append(request.slot)
+                steady.starts.append(start)
+                steady.tokens.append(PENDING if pending else request.tokens[-1])
+                request.computed = total
+                request.pending = pending + 1
+                request.in_flight += 1
+                continue
+            if not todo or (total >= request.limit and start >= request.prompt_len) or (request.serial and pending):
                 continue
             drafts: list[int] = []
             if todo > 1:
@@ -332,34 +317,37 @@ class Scheduler:
         Raises:
             EngineDead: LMD-340, when prompt after prompt gives logits that are not finite.
         """
-        slots, starts, offsets = plan.slots.tolist(), plan.starts.tolist(), plan.query_start.tolist()
-        samples, drafts, statuses = plan.sample.tolist(), plan.drafts.tolist(), result.status.tolist()
-        bounds, tokens = result.token_start.tolist(), result.tokens.tolist()
+        slots, starts = plan.slots.tolist(), plan.starts.tolist()
+        lengths, draws = np.diff(plan.query_start).tolist(), (plan.sample * (1 + plan.drafts)).tolist()
+        statuses, bounds, tokens = result.status.tolist(), result.token_start.tolist(), result.tokens.tolist()
+        by_slot, out = self.by_slot, self._out
         self.flying -= len(slots)
         for row, slot in enumerate(slots):
-            request = self.by_slot[slot]
+            request = by_slot[slot]
             assert request is not None
+            drawn = draws[row]
             request.in_flight -= 1
-            drawn = 1 + drafts[row] if samples[row] else 0
             request.pending -= drawn
-            if statuses[row] == NON_FINITE:
-                # what it computed, or computed from, may be poisoned: nobody shall find it any more
-                for block in request.blocks:
-                    self.pool.withdraw(block)
-                request.publish_at = NEVER
-            if request.finish is not None:
-                if not request.in_flight:
-                    self._leave(request)
-            elif statuses[row]:
-                self._bad_status(request, statuses[row], result.errors.get(row, ''))
-            else:
-                if drawn and self._bad_prompts:
-                    self._bad_prompts.clear()
-                try:
-                    self._accept(request, row, starts[row], offsets[row + 1] - offsets[row], drawn,
-                                 tokens[bounds[row]:bounds[row + 1]], result)
-                except Exception as cause:  # one request's bookkeeping never stops the others'
-                    self._fail(request, cause)
+            if request.finish is not None or statuses[row]:
+                self._retire_odd(request, statuses[row], result.errors.get(row, ''))
+                continue
+            drew = tokens[bounds[row]:bounds[row + 1]]
+            settled = starts[row] + lengths[row]
+            known = request.tokens
+            if (len(drew) == drawn == 1 and request.plain and not request.outputs and drew[0] not in request.stop_ids
+                    and len(known) + 1 < request.limit and settled < request.publish_at):
+                # what _accept does, for the usual row
+                known.append(drew[0])
+                request.settled = settled
+                self.counters.output_tokens += 1
+                out.append(TokenDelta(request.id, drew, None, None, None, None, request.cached_tokens, request.prompt_len))
+                continue
+            try:
+                self._accept(request, row, starts[row], lengths[row], drawn, drew, result)
+            except Exception as cause:  # one request's bookkeeping never stops the others'
+                self._fail(request, cause)
+        if self._bad_prompts:
+            self._watch_device(bool((plan.sample & (result.status == OK)).any()))
         return self.take()
 
     def take(self) -> list[TokenDelta]:
@@ -428,28 +416,34 @@ class Scheduler:
             return NEVER
         return (request.published + 1) * self.block_size
 
-    def _bad_status(self, request: Request, status: int, cause: str) -> None:
-        position = len(request.tokens)
-        if status == PROCESSOR_FAILED:
-            return self._end(request, RequestError('LMD-336', position=position, cause=cause))
-        if status == DEAD_MASK:
-            return self._end(request, RequestError('LMD-335', position=position))
-        assert status == NON_FINITE
-        self.counters.non_finite += 1
-        self._end(request, RequestError('LMD-334', position=position))
-        if not request.params.needs_host:
-            self._bad_prompts.add(tuple(request.tokens[:request.prompt_len]))
-            if len(self._bad_prompts) >= MAX_NON_FINITE:
-                raise EngineDead('LMD-340', count=len(self._bad_prompts))
+    def _retire_odd(self, request: Request, status: int, cause: str) -> None:
+        """A row whose request ended meanwhile, or whose status is bad."""
+        if status == NON_FINITE:
+            # what it computed, or computed from, may be poisoned: nobody shall find it any more
+            for block in request.blocks:
+                self.pool.withdraw(block)
+            request.publish_at = NEVER
+        if request.finish is None:
+            if status == NON_FINITE:
+                self.counters.non_finite += 1
+                if not request.params.needs_host:  # whose own code may have made them so
+                    self._bad_prompts.add(tuple(request.tokens[:request.prompt_len]))
+            self.finish(request, Finish('error', error=bad_row(status, len(request.tokens), cause)))
+        elif not request.in_flight:
+            self._leave(request)
+
+    def _watch_device(self, good: bool) -> None:
+        """Logits that are not finite for one prompt after the other, and no good row between, are not the prompts' fault."""
+        if good:
+            self._bad_prompts.clear()
+        elif len(self._bad_prompts) >= MAX_NON_FINITE:
+            raise EngineDead('LMD-340', count=len(self._bad_prompts))
 
     # -- how a request ends --------------------------------------------------------------------------------------
 
     def _fail(self, request: Request, cause: Exception) -> None:
         get_logger().error('request %s failed', request.id, exc_info=cause)
-        self._end(request, RequestError('LMD-337', cause=f'{type(cause).__name__}: {cause}'))
-
-    def _end(self, request: Request, error: LmdeployError) -> None:
-        self.finish(request, Finish('error', error=error))
+        self.finish(request, Finish('error', error=contained(cause)))
 
     def finish(self, request: Request, finish: Finish, delta: TokenDelta | None = None) -> None:
         """The only exit: tell the end, wake who waited for this request, return what it holds once nothing uses it."""

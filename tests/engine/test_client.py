@@ -200,6 +200,24 @@ def test_a_crash_reaches_every_pending_request_and_all_later_ones(depth):
     client.close()
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_fault_of_the_bookkeeping_itself_hangs_nobody(monkeypatch):
+    client = make(SlowExecutor)
+
+    async def main():
+        requests = [asyncio.ensure_future(collect(client, EngineInput(str(i), [1], SamplingParams(max_new_tokens=1900))))
+                    for i in range(5)]
+        await asyncio.sleep(0.02)
+        monkeypatch.setattr(client._core, 'step', lambda: 1 // 0)
+        for _, finish in await asyncio.gather(*requests):
+            assert isinstance(finish.error, EngineDead) and 'ZeroDivisionError' in str(finish.error)
+        with pytest.raises(EngineDead):
+            await collect(client, EngineInput('late', [1], SamplingParams()))
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    client.close()
+
+
 def test_close_is_fast_idempotent_and_ends_streams():
     client = make(SlowExecutor)
 

@@ -169,12 +169,14 @@ def test_bad_logits_end_one_request_and_its_blocks_are_not_found_again():
 
 
 def test_bad_logits_of_three_prompts_in_a_row_are_the_engines_failure():
-    core = make(executor=PoisonedWord)
+    core = make(executor=PoisonedWord, slots=3)
     for i in range(2):
         serve(core, EngineInput(f'same {i}', [13], SamplingParams()))
     serve(core, EngineInput('another', [13, 1], SamplingParams()))
     serve(core, EngineInput('good', [1], SamplingParams(max_new_tokens=1)))
-    assert core.dead is None
+    serve(core, *(EngineInput(str(i), [13, i], SamplingParams()) for i in range(2)),
+          EngineInput('good', [1], SamplingParams(max_new_tokens=1)))
+    assert core.dead is None, 'a good row between them or beside them acquits the device'
     deltas = serve(core, *(EngineInput(str(i), [13, i], SamplingParams()) for i in range(3)),
                    EngineInput('bystander', [1], SamplingParams(max_new_tokens=50)))
     assert isinstance(core.dead, EngineDead) and core.dead.code == 'LMD-340'
