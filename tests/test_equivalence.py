@@ -75,12 +75,13 @@ def run(core: EngineCore, requests: list[EngineInput]) -> dict[str, list[int]]:
     return tokens
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('arch', ARCHITECTURES)
-def test_the_same_tokens_whatever_the_way(arch, way, folders):
+def test_the_same_tokens_whatever_the_way(arch, way, device, folders):
     options, depth, prefix_caching, twice = WAYS[way]
     folder = folders(arch)
-    config = EngineConfig(**({'dtype': 'float32', 'device': 'cpu', 'session_len': 256, 'max_batch_size': 8,
+    config = EngineConfig(**({'dtype': 'float32', 'device': device, 'session_len': 256, 'max_batch_size': 8,
                               'num_blocks': 40} | options))
     executor = LocalExecutor(config, folder)
     core = EngineCore(executor, executor.start(), depth=depth, prefix_caching=prefix_caching)
