@@ -27,8 +27,8 @@ def answer(plan: StepPlan) -> StepResult:
 
 def measure(rows: int, steps: int, *, depth: int, prefix_caching: bool) -> tuple[float, float]:
     """Median milliseconds of plan and of retire while ``rows`` requests decode."""
-    capacity = Capacity(num_blocks=rows * 64, block_size=64, max_batch_size=rows, max_step_tokens=8192, session_len=8192,
-                        vocab_size=32000)
+    capacity = Capacity(num_blocks=rows * 64, block_size=64, max_batch_size=rows, max_step_tokens=8192,
+                        session_len=8192, vocab_size=32000)
     scheduler = Scheduler(capacity, prefix_caching=prefix_caching)
     for i in range(rows):
         params = SamplingParams(max_new_tokens=4000, stop_ids=(2,))

@@ -97,7 +97,7 @@ class BlockPool:
 
         ``tokens`` and ``block_size`` are compared in debug mode only. Undo with :meth:`release`.
         """
-        blocks = []
+        blocks: list[int] = []
         for key in keys:
             block = self._index.get(key)
             if block is None:
@@ -130,9 +130,11 @@ class BlockPool:
             del self._cached[block]
             self._free.append(block)
 
-    def find(self, key: bytes) -> int | None:
-        """The block that is indexed under ``key``."""
-        return self._index.get(key)
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Withdraw the blocks that are indexed under ``keys``."""
+        for key in keys:
+            if key in self._index:
+                self.withdraw(self._index[key])
 
     def key(self, block: int) -> bytes | None:
         """The key under which ``block`` is indexed."""
@@ -167,7 +169,8 @@ class BlockPool:
         assert free | cached | used == set(range(1, self.num_blocks + 1)), '1: a block is lost, or block 0 is in use'
         held = Counter(block for table in tables for block in table)
         assert held == Counter({block: self._refs[block] for block in used}), '2: references and tables differ'
-        assert {key: block for block, key in enumerate(self._keys) if key is not None} == self._index, '3: index and keys differ'
+        keys = {key: block for block, key in enumerate(self._keys) if key is not None}
+        assert keys == self._index, '3: index and keys differ'
         assert not any(self._keys[block] for block in free), '3: a free block has a key'
         assert all(self._keys[block] for block in cached), '3: a cached block has no key'
 

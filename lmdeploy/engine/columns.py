@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmdeploy.engine.plan import OUTPUT_LAST, OpenSlot, StepPlan
+from lmdeploy.engine.plan import OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, OpenSlot, StepPlan
+from lmdeploy.engine.request import Request
 
 
 class Steady:
@@ -39,18 +40,45 @@ class Columns:
         self.drafts: list[int] = []
         self.masks: list[tuple[int, np.ndarray]] = []  # (row, mask)
 
+    def append(self, request: Request, stop: int, drafts: list[int], blocks: list[int], sample: bool) -> None:
+        """A row from the request's computed tokens up to position ``stop``, with drafts after it and new blocks."""
+        start = request.computed
+        self.slots.append(request.slot)
+        self.starts.append(start)
+        self.lengths.append(stop - start + len(drafts))
+        self.tokens += request.tokens[start:stop]
+        if stop > len(request.tokens):
+            self.tokens.append(PENDING)
+        self.tokens += drafts
+        self.counts.append(len(blocks))
+        self.blocks += blocks
+        if drafts or (request.all_rows and stop > request.rows_out):
+            self.outputs.append(OUTPUT_ALL)
+        else:
+            self.outputs.append(OUTPUT_LAST if sample else OUTPUT_NONE)
+        self.sample.append(sample)
+        self.drafts.append(len(drafts))
+
 
 def build(step: int, steady: Steady, decode: Columns, prefill: Columns, opened: tuple[OpenSlot, ...],
           closed: tuple[int, ...]) -> StepPlan:
     """One plan of all rows."""
     first = len(steady.slots)
     if not decode.slots and not prefill.slots:
-        ones = np.arange(first + 1, dtype=np.int32)
         return StepPlan(
-            step=step, slots=np.array(steady.slots, np.int32), starts=np.array(steady.starts, np.int32), query_start=ones,
-            tokens=np.array(steady.tokens, np.int32), block_start=np.zeros(first + 1, np.int32),
-            blocks=np.zeros(0, np.int32), outputs=np.full(first, OUTPUT_LAST, np.uint8), sample=np.ones(first, np.bool_),
-            drafts=np.zeros(first, np.int32), opened=opened, closed=closed)
+            step=step,
+            slots=np.array(steady.slots, np.int32),
+            starts=np.array(steady.starts, np.int32),
+            query_start=np.arange(first + 1, dtype=np.int32),
+            tokens=np.array(steady.tokens, np.int32),
+            block_start=np.zeros(first + 1, np.int32),
+            blocks=np.zeros(0, np.int32),
+            outputs=np.full(first, OUTPUT_LAST, np.uint8),
+            sample=np.ones(first, np.bool_),
+            drafts=np.zeros(first, np.int32),
+            opened=opened,
+            closed=closed,
+        )
     masks = [(first + row, mask) for row, mask in decode.masks]
     masks += [(first + len(decode.slots) + row, mask) for row, mask in prefill.masks]
     return StepPlan(

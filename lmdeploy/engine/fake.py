@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lmdeploy.engine.plan import (DEAD_MASK, NON_FINITE, OK, OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan, StepResult)
+from lmdeploy.engine.plan import DEAD_MASK, NON_FINITE, OK, OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan, StepResult
 from lmdeploy.engine.request import Request
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.base import Capacity
@@ -39,7 +39,8 @@ def next_token(sequence: np.ndarray, vocab_size: int, mask: np.ndarray | None = 
     return -1
 
 
-def continuation(prompt: Sequence[int], params: SamplingParams, vocab_size: int, session_len: int) -> tuple[list[int], str]:
+def continuation(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
+                 session_len: int) -> tuple[list[int], str]:
     """What a request alone generates, by the plainest loop, and its finish reason."""
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + params.max_new_tokens, session_len):
@@ -161,7 +162,9 @@ class FakeExecutor:
         assert len(set(plan.slots.tolist())) == plan.rows, 'two rows for one slot'
         for row in range(plan.rows):
             self._write(plan, row)
-        masks = {} if plan.mask_rows is None else dict(zip(plan.mask_rows.tolist(), plan.masks))
+        masks: dict[int, np.ndarray] = {}
+        if plan.mask_rows is not None and plan.masks is not None:
+            masks = dict(zip(plan.mask_rows.tolist(), plan.masks))
         result = StepResult(plan.step, np.zeros(plan.rows, np.uint8), np.zeros(plan.rows + 1, np.int32),
                             np.zeros(0, np.int32))
         tokens: list[int] = []

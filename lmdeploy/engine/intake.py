@@ -11,7 +11,7 @@ from lmdeploy.executor.base import Capacity
 
 
 def longest(capacity: Capacity) -> int:
-    """The most tokens that a request can have: it may fill the pool alone, and its last token's KV is never computed."""
+    """The most tokens of a request: it may fill the pool alone, and its last token's KV is never computed."""
     return min(capacity.session_len, capacity.num_blocks * capacity.block_size + 1)
 
 

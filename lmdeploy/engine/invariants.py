@@ -42,12 +42,13 @@ def check(scheduler: Scheduler) -> None:
 
 def _places(scheduler: Scheduler, held: list[Request]) -> None:
     places = [*scheduler.running, *scheduler.waiting, *scheduler.parked()]
-    assert Counter(map(id, places)) == Counter(map(id, scheduler.requests.values())), '2: a request is lost or in two places'
+    known = Counter(map(id, scheduler.requests.values()))
+    assert Counter(map(id, places)) == known, '2: a request is lost or in two places'
     assert len(scheduler.waiting) == sum(1 for _ in scheduler.waiting), '2: the waiting queue is miscounted'
     ranks = [request.rank for request in scheduler.running]
     assert ranks == sorted(ranks), '2: running requests are out of order'
-    free = scheduler._free_slots
-    assert sorted([*free, *(request.slot for request in held)]) == list(range(scheduler.slots)), '3: a slot leaks or is held twice'
+    slots = [*scheduler._free_slots, *(request.slot for request in held)]
+    assert sorted(slots) == list(range(scheduler.slots)), '3: a slot leaks or is held twice'
     assert all(scheduler.by_slot[request.slot] is request for request in held), '3: a slot has two owners'
     ended = [request for request in held if request.finish is not None]
     assert {id(r) for r in held} == {id(r) for r in [*scheduler.running, *ended]}, '3: who holds a slot is not running'
@@ -62,7 +63,8 @@ def _request(scheduler: Scheduler, request: Request) -> None:
         return
     if request.finish is None:
         assert request.settled < request.publish_at, '4.5: a block that could be published is not'
-        assert request.settled <= request.computed <= request.total and request.settled <= known, '4.1: positions disagree'
+        assert request.settled <= request.computed <= request.total, '4.1: positions disagree'
+        assert request.settled <= known, '4.1: unknown tokens are settled'
         assert known <= request.limit, '4.1: more tokens than its limit'
         assert request.computed <= max(request.prompt_len, request.limit - 1), '4.1: computed beyond what it can say'
     assert request.pending >= 0 and request.in_flight >= 0, '4.2: a count is negative'

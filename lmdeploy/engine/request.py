@@ -187,5 +187,9 @@ class Request:
 
     def _media(self, start: int, end: int) -> bytes:
         """Digests of the images whose placeholders lie in ``start .. end - 1``, with where they begin."""
-        return b''.join(len(span.digest).to_bytes(2, 'big') + span.digest + (span.start - start).to_bytes(8, 'big', signed=True)
-                        for span in self.images if span.start < end and span.end > start)
+        parts = []
+        for span in self.images:
+            if span.start < end and span.end > start:
+                offset = (span.start - start).to_bytes(8, 'big', signed=True)
+                parts.append(len(span.digest).to_bytes(2, 'big') + span.digest + offset)
+        return b''.join(parts)

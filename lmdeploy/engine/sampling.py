@@ -36,7 +36,8 @@ class SamplingParams:
     logprobs: int = -1  # -1: none; k >= 0: the sampled token's and the k best
     output_logits: Rows = None
     output_hidden: Rows = None
-    logits_processors: tuple[Callable[[Any, Any], Any], ...] = field(default=(), repr=False)  # (token_ids, logits) -> logits
+    # (token_ids, logits) -> logits
+    logits_processors: tuple[Callable[[Any, Any], Any], ...] = field(default=(), repr=False)
 
     @property
     def needs_host(self) -> bool:

@@ -26,10 +26,10 @@ from lmdeploy.engine.intake import longest, receive, refuse
 from lmdeploy.engine.invariants import check
 from lmdeploy.engine.metrics import Counters
 from lmdeploy.engine.outputs import cut_logprobs, take_rows
-from lmdeploy.engine.plan import NON_FINITE, OK, OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, OpenSlot, StepPlan, StepResult
+from lmdeploy.engine.plan import NON_FINITE, OK, PENDING, OpenSlot, StepPlan, StepResult
 from lmdeploy.engine.request import NEVER, Drafter, EngineInput, Finish, Request, TokenDelta
 from lmdeploy.engine.waiting import WaitingQueue
-from lmdeploy.errors import EngineDead, LmdeployError, RequestError
+from lmdeploy.errors import EngineDead, LmdeployError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.log import get_logger
 
@@ -37,6 +37,7 @@ MAX_NON_FINITE = 3  # different prompts, without a finite row between them: the 
 HEADROOM = 100  # one block in so many stays free for running requests when others are admitted
 
 _rank = attrgetter('rank')
+Failures = list[tuple[Request, Exception]]  # requests that could not be launched, and why
 
 
 class Scheduler:
@@ -69,7 +70,7 @@ class Scheduler:
         self._free_slots = list(range(self.slots - 1, -1, -1))
         self._closed: list[int] = []  # slots that the runner has not been told to release
         self._out: list[TokenDelta] = []
-        self._seq = 0
+        self._seq = 1
         self._step = 0
         self._bad_prompts: set[tuple[int, ...]] = set()  # whose logits were not finite, since the last good row
 
@@ -83,12 +84,12 @@ class Scheduler:
         """
         try:
             refuse(given, self.capacity, self.requests)
+            request = receive(given, self._seq, self.capacity, prefix_caching=self.prefix_caching,
+                              drafts=self.drafter is not None)
         except Exception:
             self.counters.rejected += 1
             raise
         self._seq += 1
-        request = receive(given, self._seq, self.capacity, prefix_caching=self.prefix_caching,
-                          drafts=self.drafter is not None)
         self.requests[request.id] = request
         self.counters.accepted += 1
         self.counters.prompt_tokens += request.prompt_len
@@ -122,7 +123,7 @@ class Scheduler:
         """The next step; without rows if there is nothing to launch before a launched step retires."""
         steady, decode, prefill = Steady(), Columns(), Columns()
         opened: list[OpenSlot] = []
-        failed: list[tuple[Request, Exception]] = []
+        failed: Failures = []
         spare, settled = self._plan_running(steady, decode, prefill, failed)
         if settled:
             self._admit(prefill, opened, spare, failed)
@@ -140,7 +141,7 @@ class Scheduler:
         self.counters.computed_tokens += plan.num_tokens
         return plan
 
-    def _fail_unlaunched(self, failed: list[tuple[Request, Exception]], opened: list[OpenSlot]) -> list[OpenSlot]:
+    def _fail_unlaunched(self, failed: Failures, opened: list[OpenSlot]) -> list[OpenSlot]:
         """End requests that could not be launched. The runner never hears of slots opened for them in this turn."""
         unheard = {request.slot for request, _ in failed}.intersection(slot.slot for slot in opened)
         for request, cause in failed:
@@ -149,8 +150,7 @@ class Scheduler:
             self._closed.remove(slot)
         return [slot for slot in opened if slot.slot not in unheard]
 
-    def _plan_running(self, steady: Steady, decode: Columns, prefill: Columns,
-                      failed: list[tuple[Request, Exception]]) -> tuple[int, bool]:
+    def _plan_running(self, steady: Steady, decode: Columns, prefill: Columns, failed: Failures) -> tuple[int, bool]:
         """Rows for running requests, by rank: each may have one token of the budget, long ones share the rest.
 
         Returns the rest of the budget, and whether everybody got the blocks for it.
@@ -198,7 +198,7 @@ class Scheduler:
         return spare, settled
 
     def _make_room(self, blocks: int, after: int) -> bool:
-        """Preempt requests that come later than ``running[after - 1]``, the latest first, until ``blocks`` are there."""
+        """Preempt requests from ``running[after]`` on, the latest first, until ``blocks`` are available."""
         running = self.running
         at = len(running) - 1
         while blocks > self.pool.available:
@@ -218,7 +218,7 @@ class Scheduler:
         self.waiting.push(request)
         self.counters.preemptions += 1
 
-    def _admit(self, prefill: Columns, opened: list[OpenSlot], spare: int, failed: list[tuple[Request, Exception]]) -> None:
+    def _admit(self, prefill: Columns, opened: list[OpenSlot], spare: int, failed: Failures) -> None:
         """Slots for waiting requests, as long as budget, slots and blocks for their known tokens last."""
         headroom = self.capacity.num_blocks // HEADROOM if self.running else 0
         while spare > 0 and self._free_slots:
@@ -264,10 +264,9 @@ class Scheduler:
             self.counters.prefix_hit_tokens += request.computed
 
     def _launch(self, rows: Columns, request: Request, count: int, drafts: list[int], new: int,
-                failed: list[tuple[Request, Exception]]) -> bool:
+                failed: Failures) -> bool:
         """A row of ``count`` tokens that exist, and drafts; its last ``new`` blocks are new. False if it fails."""
-        start, known = request.computed, len(request.tokens)
-        stop, total = start + count, known + request.pending
+        stop, total = request.computed + count, request.total
         sample = stop == total and total < request.limit
         if sample and request.grammar is not None:
             mask = np.zeros(-(-self.capacity.vocab_size // 32), np.uint32)
@@ -277,23 +276,7 @@ class Scheduler:
                 failed.append((request, cause))
                 return False
             rows.masks.append((len(rows.slots), mask))
-        if request.all_rows and stop > request.rows_out or drafts:
-            outputs = OUTPUT_ALL
-        else:
-            outputs = OUTPUT_LAST if sample else OUTPUT_NONE
-        rows.slots.append(request.slot)
-        rows.starts.append(start)
-        rows.lengths.append(count + len(drafts))
-        rows.tokens += request.tokens[start:stop]
-        if stop > known:
-            rows.tokens.append(PENDING)
-        rows.tokens += drafts
-        rows.counts.append(max(new, 0))
-        if new > 0:
-            rows.blocks += request.blocks[-new:]
-        rows.outputs.append(outputs)
-        rows.sample.append(sample)
-        rows.drafts.append(len(drafts))
+        rows.append(request, stop, drafts, request.blocks[-new:] if new > 0 else [], sample)
         request.computed = stop + len(drafts)
         request.in_flight += 1
         if sample:
@@ -340,7 +323,8 @@ class Scheduler:
                 known.append(drew[0])
                 request.settled = settled
                 self.counters.output_tokens += 1
-                out.append(TokenDelta(request.id, drew, None, None, None, None, request.cached_tokens, request.prompt_len))
+                out.append(TokenDelta(request.id, drew, None, None, None, None, request.cached_tokens,
+                                      request.prompt_len))
                 continue
             try:
                 self._accept(request, row, starts[row], lengths[row], drawn, drew, result)
@@ -395,10 +379,9 @@ class Scheduler:
         full = min(request.settled // size, request.publish_limit)
         request.extend_hashes(full, size)
         group = request.group
-        private = group is not None and group.root is not None
         for i in range(request.published, full):
             tokens = request.tokens[i * size:(i + 1) * size] if self.pool.debug else ()
-            if self.pool.publish(request.blocks[i], request.hashes[i], tokens) and private:
+            if self.pool.publish(request.blocks[i], request.hashes[i], tokens) and group is not None:
                 group.keys.add(request.hashes[i])
         request.published = full
         request.publish_at = self._publish_at(request)
@@ -407,7 +390,8 @@ class Scheduler:
     def _wake_group(self, request: Request) -> None:
         """Let the members of its group go on if the blocks that they can share are in the index."""
         group = request.group
-        if group is not None and group.leader is request and request.published >= (request.prompt_len - 1) // self.block_size:
+        shareable = (request.prompt_len - 1) // self.block_size
+        if group is not None and group.leader is request and request.published >= shareable:
             for member in group.wake():
                 self.waiting.push(member)
 
@@ -433,7 +417,7 @@ class Scheduler:
             self._leave(request)
 
     def _watch_device(self, good: bool) -> None:
-        """Logits that are not finite for one prompt after the other, and no good row between, are not the prompts' fault."""
+        """Logits that are not finite for prompt after prompt, and no good row between, are not the prompts' fault."""
         if good:
             self._bad_prompts.clear()
         elif len(self._bad_prompts) >= MAX_NON_FINITE:
@@ -477,10 +461,7 @@ class Scheduler:
         if not group.members:
             self.groups.drop(group)
             if group.root is not None:
-                for key in group.keys:
-                    block = self.pool.find(key)
-                    if block is not None:
-                        self.pool.withdraw(block)
+                self.pool.forget(group.keys)
 
     def _leave(self, request: Request) -> None:
         """Give back slot and blocks; no launched step touches them."""

@@ -180,7 +180,8 @@ class CheckedEngine:
         reason = delta.finish.reason
         self.finishes[reason] += 1
         if reason != 'abort':
-            assert (reason, answer.tokens) == (expected.reason, expected.tokens), f'{delta.finish}, not {expected.reason}'
+            assert reason == expected.reason, f'{delta.finish}, not {expected.reason}'
+            assert answer.tokens == expected.tokens, 'tokens are missing'
         if reason in ('stop', 'length'):
             assert answer.logits == expected.logits, 'rows of logits are missing'
         if reason == 'error':
@@ -320,5 +321,6 @@ def simulate(seeds: Iterable[int], turns: int, *, check_every: int = 1) -> Repor
         except AssertionError as error:
             raise AssertionError(f'seed {seed}, turn {simulation.engine.turns}: {error}') from error
         engine, stats = simulation.engine, simulation.engine.core.stats()
-        report.add(Report(engine.turns, engine.finishes, stats.preemptions, stats.prefix_hit_tokens, stats.computed_tokens))
+        report.add(Report(engine.turns, engine.finishes, stats.preemptions, stats.prefix_hit_tokens,
+                          stats.computed_tokens))
     return report

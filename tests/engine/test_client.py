@@ -16,7 +16,8 @@ from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.errors import EngineDead, RequestError
 from lmdeploy.executor.base import Capacity
 
-CAPACITY = Capacity(num_blocks=400, block_size=8, max_batch_size=16, max_step_tokens=64, session_len=2000, vocab_size=100)
+CAPACITY = Capacity(num_blocks=400, block_size=8, max_batch_size=16, max_step_tokens=64, session_len=2000,
+                    vocab_size=100)
 
 
 class SlowExecutor(FakeExecutor):
@@ -57,7 +58,8 @@ def test_concurrent_streams_equal_a_plain_loop(depth):
 
     async def main():
         prompts = [[i, i + 1, 7] * (i + 1) for i in range(30)]
-        answers = await asyncio.gather(*(collect(client, EngineInput(str(i), p, params)) for i, p in enumerate(prompts)))
+        answers = await asyncio.gather(
+            *(collect(client, EngineInput(str(i), prompt, params)) for i, prompt in enumerate(prompts)))
         for prompt, (tokens, finish) in zip(prompts, answers):
             assert (tokens, finish.reason) == continuation(prompt, params, 100, 2000)
 
@@ -127,8 +129,8 @@ def test_a_cancelled_task_aborts_its_request():
     client = make(SlowExecutor)
 
     async def main():
-        tasks = [asyncio.ensure_future(collect(client, EngineInput(str(i), [1, i], SamplingParams(max_new_tokens=1900))))
-                 for i in range(20)]
+        params = SamplingParams(max_new_tokens=1900)
+        tasks = [asyncio.ensure_future(collect(client, EngineInput(str(i), [1, i], params))) for i in range(20)]
         await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
@@ -205,8 +207,8 @@ def test_a_fault_of_the_bookkeeping_itself_hangs_nobody(monkeypatch):
     client = make(SlowExecutor)
 
     async def main():
-        requests = [asyncio.ensure_future(collect(client, EngineInput(str(i), [1], SamplingParams(max_new_tokens=1900))))
-                    for i in range(5)]
+        params = SamplingParams(max_new_tokens=1900)
+        requests = [asyncio.ensure_future(collect(client, EngineInput(str(i), [1], params))) for i in range(5)]
         await asyncio.sleep(0.02)
         monkeypatch.setattr(client._core, 'step', lambda: 1 // 0)
         for _, finish in await asyncio.gather(*requests):

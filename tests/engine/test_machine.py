@@ -16,14 +16,16 @@ from lmdeploy.executor.base import Capacity
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=20)
 PARAMS = st.builds(
     SamplingParams, max_new_tokens=st.integers(0, 16), stop_ids=st.sampled_from([(), STOPS]),
-    output_logits=st.sampled_from([None, None, 'all', 'generation']), logits_processors=st.sampled_from([(), (), (max,)]))
+    output_logits=st.sampled_from([None, None, 'all', 'generation']),
+    logits_processors=st.sampled_from([(), (), (max,)]))
 
 
 class EngineMachine(RuleBasedStateMachine):
     """All checks are those of :class:`CheckedEngine`."""
 
-    @initialize(blocks=st.integers(5, 16), size=st.sampled_from([2, 4]), slots=st.integers(1, 5), budget=st.integers(2, 24),
-                depth=st.integers(1, 2), prefix=st.booleans(), delayed=st.booleans(), accuracy=st.sampled_from([None, 0.3, 1.0]))
+    @initialize(blocks=st.integers(5, 16), size=st.sampled_from([2, 4]), slots=st.integers(1, 5),
+                budget=st.integers(2, 24), depth=st.integers(1, 2), prefix=st.booleans(), delayed=st.booleans(),
+                accuracy=st.sampled_from([None, 0.3, 1.0]))
     def start(self, blocks, size, slots, budget, depth, prefix, delayed, accuracy):
         capacity = Capacity(num_blocks=blocks, block_size=size, max_batch_size=slots, max_step_tokens=budget,
                             session_len=40, vocab_size=VOCAB)

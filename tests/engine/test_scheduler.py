@@ -30,10 +30,15 @@ class Recorder(FakeExecutor):
         return super().launch(plan)
 
 
-def make(*, blocks=64, size=4, slots=8, budget=64, session_len=200, executor=Recorder, depth=1, prefix=False, **options):
+def make(*, blocks=64, size=4, slots=8, budget=64, session_len=200, executor=Recorder, depth=1, prefix=False,
+         **options):
     capacity = Capacity(num_blocks=blocks, block_size=size, max_batch_size=slots, max_step_tokens=budget,
                         session_len=session_len, vocab_size=VOCAB)
     return EngineCore(executor(capacity, **options), capacity, depth=depth, prefix_caching=prefix, debug=True)
+
+
+def ask(name, prompt, **params):
+    return EngineInput(name, prompt, SamplingParams(**params))
 
 
 def serve(core, *requests, turns=100_000):
@@ -75,7 +80,8 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(depth):
     core = make(depth=depth)
     deltas = serve(core, EngineInput('a', [1, 2, 3], params))['a']
     assert tokens_of(deltas) == answer[:6]
-    assert [delta.finish.reason for delta in deltas if delta.finish] == ['stop'] and deltas[-1].finish.stop_id == answer[6]
+    assert [delta.finish.reason for delta in deltas if delta.finish] == ['stop']
+    assert deltas[-1].finish.stop_id == answer[6]
     # the overlapped engine has launched one token too many, never more
     assert core.executor.computed_tokens == 3 + 6 + (depth - 1)
 
@@ -84,41 +90,43 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(depth):
 @pytest.mark.parametrize('count', [1, 2, 7])
 def test_max_new_tokens_costs_no_discarded_token(depth, count):
     core = make(depth=depth)
-    deltas = serve(core, EngineInput('a', [1, 2, 3], SamplingParams(max_new_tokens=count)))['a']
+    deltas = serve(core, ask('a', [1, 2, 3], max_new_tokens=count))['a']
     assert tokens_of(deltas) == said([1, 2, 3], max_new_tokens=count) and deltas[-1].finish.reason == 'length'
     assert core.executor.computed_tokens == 3 + count - 1
 
 
 def test_the_context_is_a_limit_too():
     core = make(session_len=20)
-    deltas = serve(core, EngineInput('a', [1] * 15, SamplingParams(max_new_tokens=100)))['a']
+    deltas = serve(core, ask('a', [1] * 15, max_new_tokens=100))['a']
     assert len(tokens_of(deltas)) == 5 and deltas[-1].finish.reason == 'length'
 
 
 def test_a_pool_smaller_than_the_context_is_a_limit_too():
     core = make(blocks=3, size=4)
-    deltas = serve(core, EngineInput('a', [1] * 5, SamplingParams(max_new_tokens=100)))['a']
+    deltas = serve(core, ask('a', [1] * 5, max_new_tokens=100))['a']
     assert len(tokens_of(deltas)) == 3 * 4 + 1 - 5 and deltas[-1].finish.reason == 'length'
 
 
 def test_no_new_tokens_means_the_prompt_only():
     core = make(budget=4)
-    deltas = serve(core, EngineInput('a', [1] * 9, SamplingParams(max_new_tokens=0)))['a']
+    deltas = serve(core, ask('a', [1] * 9, max_new_tokens=0))['a']
     assert len(deltas) == 1 and deltas[0].finish.reason == 'length' and deltas[0].prompt_len == 9
     assert not any(plan.sample.any() for plan in core.executor.plans)
 
 
-@pytest.mark.parametrize('tokens, code', [([], 'LMD-330'), ([1] * 200, 'LMD-330'), ([VOCAB], 'LMD-331'), ([-1], 'LMD-331')])
+@pytest.mark.parametrize('tokens, code', [
+    ([], 'LMD-330'), ([1] * 200, 'LMD-330'), ([VOCAB], 'LMD-331'), ([-1], 'LMD-331')])
 def test_impossible_prompts_are_refused(tokens, code):
     core = make()
-    [delta] = serve(core, EngineInput('a', tokens, SamplingParams()))['a']
-    assert delta.finish.reason == 'error' and isinstance(delta.finish.error, RequestError) and delta.finish.error.code == code
+    [delta] = serve(core, ask('a', tokens))['a']
+    error = delta.finish.error
+    assert delta.finish.reason == 'error' and isinstance(error, RequestError) and error.code == code
     assert core.stats().rejected == 1 and core.stats().accepted == 0
 
 
 def test_a_prompt_that_cannot_fit_alone_is_refused():
     core = make(blocks=4, size=4)
-    fits, does_not = EngineInput('a', [1] * 16, SamplingParams()), EngineInput('b', [1] * 17, SamplingParams())
+    fits, does_not = ask('a', [1] * 16), ask('b', [1] * 17)
     deltas = serve(core, fits, does_not)
     assert deltas['b'][0].finish.error.code == 'LMD-332'
     assert len(tokens_of(deltas['a'])) == 1 and deltas['a'][-1].finish.reason == 'length'
@@ -126,7 +134,7 @@ def test_a_prompt_that_cannot_fit_alone_is_refused():
 
 def test_an_input_of_impossible_kind_fails_alone():
     core = make()
-    deltas = serve(core, EngineInput('bad', ['x'], SamplingParams()), EngineInput('good', [1], SamplingParams(max_new_tokens=3)))
+    deltas = serve(core, ask('bad', ['x']), ask('good', [1], max_new_tokens=3))
     assert deltas['bad'][0].finish.error.code == 'LMD-337'
     assert tokens_of(deltas['good']) == said([1], max_new_tokens=3)
 
@@ -136,7 +144,7 @@ def test_an_input_of_impossible_kind_fails_alone():
 def test_an_abort_at_any_turn_leaves_nothing(depth, turns):
     core = make(depth=depth, slots=1)
     for name in 'ab':
-        core.submit(EngineInput(name, [1, 2, 3], SamplingParams(max_new_tokens=5)))
+        core.submit(ask(name, [1, 2, 3], max_new_tokens=5))
     for _ in range(turns):
         core.step()
     for name in 'abx':
@@ -159,11 +167,11 @@ class PoisonedWord(Recorder):
 
 def test_bad_logits_end_one_request_and_its_blocks_are_not_found_again():
     core = make(executor=PoisonedWord, prefix=True, budget=4)
-    good = EngineInput('good', [2] * 9, SamplingParams(max_new_tokens=20))
-    deltas = serve(core, EngineInput('bad', [1] * 8 + [13], SamplingParams()), good)
+    good = ask('good', [2] * 9, max_new_tokens=20)
+    deltas = serve(core, ask('bad', [1] * 8 + [13]), good)
     assert deltas['bad'][-1].finish.error.code == 'LMD-334'
     assert tokens_of(deltas['good']) == said([2] * 9, max_new_tokens=20)
-    again = serve(core, EngineInput('again', [1] * 9, SamplingParams(max_new_tokens=2)))['again']
+    again = serve(core, ask('again', [1] * 9, max_new_tokens=2))['again']
     assert again[-1].cached_tokens == 0
     assert core.stats().non_finite == 1
 
@@ -171,14 +179,14 @@ def test_bad_logits_end_one_request_and_its_blocks_are_not_found_again():
 def test_bad_logits_of_three_prompts_in_a_row_are_the_engines_failure():
     core = make(executor=PoisonedWord, slots=3)
     for i in range(2):
-        serve(core, EngineInput(f'same {i}', [13], SamplingParams()))
-    serve(core, EngineInput('another', [13, 1], SamplingParams()))
-    serve(core, EngineInput('good', [1], SamplingParams(max_new_tokens=1)))
-    serve(core, *(EngineInput(str(i), [13, i], SamplingParams()) for i in range(2)),
-          EngineInput('good', [1], SamplingParams(max_new_tokens=1)))
+        serve(core, ask(f'same {i}', [13]))
+    serve(core, ask('another', [13, 1]))
+    serve(core, ask('good', [1], max_new_tokens=1))
+    serve(core, *(ask(str(i), [13, i]) for i in range(2)),
+          ask('good', [1], max_new_tokens=1))
     assert core.dead is None, 'a good row between them or beside them acquits the device'
-    deltas = serve(core, *(EngineInput(str(i), [13, i], SamplingParams()) for i in range(3)),
-                   EngineInput('bystander', [1], SamplingParams(max_new_tokens=50)))
+    deltas = serve(core, *(ask(str(i), [13, i]) for i in range(3)),
+                   ask('bystander', [1], max_new_tokens=50))
     assert isinstance(core.dead, EngineDead) and core.dead.code == 'LMD-340'
     assert all(deltas[name][-1].finish.reason == 'error' for name in deltas)
     assert core.stats().used_blocks == 0
@@ -187,10 +195,11 @@ def test_bad_logits_of_three_prompts_in_a_row_are_the_engines_failure():
 @pytest.mark.parametrize('depth', [1, 2])
 def test_an_executor_that_raises_ends_everything_with_its_cause(depth):
     core = make(depth=depth, slots=2, fail_at=4)
-    deltas = serve(core, *(EngineInput(str(i), [1, i], SamplingParams(max_new_tokens=9)) for i in range(5)))
+    deltas = serve(core, *(ask(str(i), [1, i], max_new_tokens=9) for i in range(5)))
     for request in deltas.values():
-        assert isinstance(request[-1].finish.error, EngineDead) and 'device error in step 4' in str(request[-1].finish.error)
-    late = serve(core, EngineInput('late', [1], SamplingParams()))['late']
+        error = request[-1].finish.error
+        assert isinstance(error, EngineDead) and 'device error in step 4' in str(error)
+    late = serve(core, ask('late', [1]))['late']
     assert late[0].finish.error is core.dead
     assert core.stats().failed == 5 and core.stats().rejected == 0
 
@@ -208,9 +217,10 @@ class FailingProcessor(Recorder):
 
 def test_a_logits_processor_that_raises_fails_its_request_only():
     core = make(executor=FailingProcessor)
-    deltas = serve(core, EngineInput('bad', [1], SamplingParams(logits_processors=(max,))),
-                   EngineInput('good', [2], SamplingParams(max_new_tokens=5)))
-    assert deltas['bad'][-1].finish.error.code == 'LMD-336' and 'division by zero' in str(deltas['bad'][-1].finish.error)
+    deltas = serve(core, ask('bad', [1], logits_processors=(max,)),
+                   ask('good', [2], max_new_tokens=5))
+    error = deltas['bad'][-1].finish.error
+    assert error.code == 'LMD-336' and 'division by zero' in str(error)
     assert tokens_of(deltas['good']) == said([2], max_new_tokens=5)
 
 
@@ -238,7 +248,7 @@ class Grammar:
 def test_a_grammar_decides_every_token(depth):
     core = make(depth=depth)
     deltas = serve(core, EngineInput('a', [1, 2], SamplingParams(max_new_tokens=3), grammar=Grammar([5, 999, 32])),
-                   EngineInput('b', [3], SamplingParams(max_new_tokens=6)))
+                   ask('b', [3], max_new_tokens=6))
     assert tokens_of(deltas['a']) == [5, 999, 32] and tokens_of(deltas['b']) == said([3], max_new_tokens=6)
     masked = [plan for plan in core.executor.plans if plan.masks is not None]
     assert len(masked) == 3
@@ -248,12 +258,13 @@ def test_a_grammar_decides_every_token(depth):
 
 
 @pytest.mark.parametrize('depth', [1, 2])
-@pytest.mark.parametrize('script, code', [([ValueError], 'LMD-337'), ([5, ValueError], 'LMD-337'), ([5, KeyError], 'LMD-337'),
-                                          ([None], 'LMD-335'), ([5, None], 'LMD-335')])
+@pytest.mark.parametrize('script, code', [
+    ([ValueError], 'LMD-337'), ([5, ValueError], 'LMD-337'), ([5, KeyError], 'LMD-337'), ([None], 'LMD-335'),
+    ([5, None], 'LMD-335')])
 def test_a_grammar_that_fails_or_allows_nothing_fails_its_request_only(depth, script, code):
     core = make(depth=depth, slots=2)
     deltas = serve(core, EngineInput('bad', [1, 2], SamplingParams(), grammar=Grammar(script)),
-                   *(EngineInput(f'good {i}', [i], SamplingParams(max_new_tokens=5)) for i in range(3)))
+                   *(ask(f'good {i}', [i], max_new_tokens=5) for i in range(3)))
     assert deltas['bad'][-1].finish.error.code == code
     for i in range(3):
         assert tokens_of(deltas[f'good {i}']) == said([i], max_new_tokens=5)
@@ -264,9 +275,9 @@ def test_a_grammar_that_fails_or_allows_nothing_fails_its_request_only(depth, sc
 def test_running_streams_keep_pace_while_a_long_prompt_is_computed():
     core = make(budget=10, slots=4)
     for i in range(3):
-        core.submit(EngineInput(str(i), [i], SamplingParams(max_new_tokens=150)))
+        core.submit(ask(str(i), [i], max_new_tokens=150))
     core.step()
-    core.submit(EngineInput('long', [5] * 90, SamplingParams(max_new_tokens=1)))
+    core.submit(ask('long', [5] * 90, max_new_tokens=1))
     for _ in range(12):
         paced = [delta.id for delta in core.step() if delta.id != 'long']
         assert sorted(paced) == ['0', '1', '2'], 'a running stream skipped a step'
@@ -277,13 +288,13 @@ def test_running_streams_keep_pace_while_a_long_prompt_is_computed():
 
 def test_unknown_tokens_are_launched_as_pending():
     core = make(depth=2)
-    serve(core, EngineInput('a', [1, 2], SamplingParams(max_new_tokens=5)))
+    serve(core, ask('a', [1, 2], max_new_tokens=5))
     assert [plan.tokens.tolist() for plan in core.executor.plans] == [[1, 2]] + [[PENDING]] * 4
 
 
 def test_a_row_that_waits_for_python_code_is_never_pending():
     core = make(depth=2)
-    serve(core, EngineInput('a', [1, 2], SamplingParams(max_new_tokens=5, logits_processors=(max,))))
+    serve(core, ask('a', [1, 2], max_new_tokens=5, logits_processors=(max,)))
     assert all(PENDING not in plan.tokens for plan in core.executor.plans)
 
 
@@ -300,7 +311,7 @@ def test_a_higher_priority_goes_first():
 @pytest.mark.parametrize('depth', [1, 2])
 def test_many_requests_in_a_pool_of_eight_blocks(depth):
     core = make(blocks=8, size=4, slots=16, budget=32, depth=depth)
-    requests = [EngineInput(str(i), [i, 1, 2] * (1 + i % 3), SamplingParams(max_new_tokens=1 + i % 14)) for i in range(64)]
+    requests = [ask(str(i), [i, 1, 2] * (1 + i % 3), max_new_tokens=1 + i % 14) for i in range(64)]
     deltas = serve(core, *requests)
     for request in requests:
         expected = continuation(request.tokens, request.params, VOCAB, core.scheduler.session_len)[0]
@@ -310,11 +321,11 @@ def test_many_requests_in_a_pool_of_eight_blocks(depth):
 
 def test_the_oldest_is_never_preempted():
     core = make(blocks=8, size=4, slots=8, depth=2)
-    requests = [EngineInput(str(i), [i] * 3, SamplingParams(max_new_tokens=25)) for i in range(6)]
+    requests = [ask(str(i), [i] * 3, max_new_tokens=25) for i in range(6)]
     deltas = serve(core, *requests)
     assert core.stats().preemptions > 0
     slot = core.executor.plans[0].opened[0].slot
-    oldest = [opened for plan in core.executor.plans for opened in plan.opened if opened.tokens[0] == 0 and opened.prompt_len == 3]
+    oldest = [opened for plan in core.executor.plans for opened in plan.opened if opened.tokens[0] == 0]
     assert len(oldest) == 1 and oldest[0].slot == slot, 'the oldest was opened twice'
     assert all(len(tokens_of(d)) == 25 for d in deltas.values())
 
@@ -341,15 +352,15 @@ def test_a_prefix_is_found_again_by_the_same_salt_and_tenant_only():
 def test_an_answer_is_found_again_as_part_of_the_next_prompt():
     core = make(prefix=True)
     prompt = [1, 2, 3]
-    answer = tokens_of(serve(core, EngineInput('a', prompt, SamplingParams(max_new_tokens=14)))['a'])
-    again = serve(core, EngineInput('b', prompt + answer + [5], SamplingParams(max_new_tokens=1)))['b']
+    answer = tokens_of(serve(core, ask('a', prompt, max_new_tokens=14))['a'])
+    again = serve(core, ask('b', prompt + answer + [5], max_new_tokens=1))['b']
     assert again[-1].cached_tokens == 16
 
 
 def test_no_prefix_is_found_unless_asked_for():
     core = make()
     for name in 'ab':
-        [*_, last] = serve(core, EngineInput(name, [1] * 20, SamplingParams(max_new_tokens=1)))[name]
+        [*_, last] = serve(core, ask(name, [1] * 20, max_new_tokens=1))[name]
         assert last.cached_tokens == 0
     assert core.stats().cached_blocks == 0 and core.executor.computed_tokens == 40
 
@@ -388,7 +399,8 @@ def test_groups_of_one_name_in_turn_share_nothing_once_they_ended():
     core = make()
     for _ in range(2):
         before = core.executor.computed_tokens
-        serve(core, *(EngineInput(str(i), list(range(9)), SamplingParams(max_new_tokens=1), share='g') for i in range(2)))
+        params = SamplingParams(max_new_tokens=1)
+        serve(core, *(EngineInput(str(i), list(range(9)), params, share='g') for i in range(2)))
         assert core.executor.computed_tokens - before == 9 + 1
 
 
@@ -421,7 +433,7 @@ def test_rows_of_logits_are_exactly_those_promised(depth, count, stop):
 def test_all_rows_come_once_although_the_request_was_preempted_and_the_prompt_was_cached():
     core = make(blocks=10, size=4, budget=8, prefix=True)
     prompt = list(range(8))
-    serve(core, EngineInput('warm', prompt, SamplingParams(max_new_tokens=1)))
+    serve(core, ask('warm', prompt, max_new_tokens=1))
     params = SamplingParams(max_new_tokens=20, output_logits='all')
     deltas = serve(core, *(EngineInput(str(i), prompt, params) for i in range(3)))
     assert core.stats().preemptions > 0
@@ -445,7 +457,7 @@ class WithLogprobs(Recorder):
 def test_logprobs_are_those_of_the_tokens_that_were_kept():
     answer = said([1], max_new_tokens=5)
     core = make(executor=WithLogprobs)
-    deltas = serve(core, EngineInput('a', [1], SamplingParams(max_new_tokens=9, logprobs=1, stop_ids=(answer[3],))))['a']
+    deltas = serve(core, ask('a', [1], max_new_tokens=9, logprobs=1, stop_ids=(answer[3],)))['a']
     assert [[-token for token in delta.tokens] for delta in deltas if delta.tokens] == [
         delta.logprobs.chosen.tolist() for delta in deltas if delta.logprobs]
     assert deltas[-1].logprobs is None and not deltas[-1].tokens
@@ -470,9 +482,10 @@ class Script:
 @pytest.mark.parametrize('depth', [1, 2])
 @pytest.mark.parametrize('right', range(5))
 def test_drafts_change_the_number_of_steps_and_nothing_else(depth, right):
-    capacity = Capacity(num_blocks=40, block_size=4, max_batch_size=4, max_step_tokens=32, session_len=100, vocab_size=VOCAB)
+    capacity = Capacity(num_blocks=40, block_size=4, max_batch_size=4, max_step_tokens=32, session_len=100,
+                        vocab_size=VOCAB)
     core = EngineCore(Recorder(capacity), capacity, depth=depth, drafter=Script(right), prefix_caching=True, debug=True)
-    deltas = serve(core, EngineInput('a', [1, 2, 3], SamplingParams(max_new_tokens=21)))['a']
+    deltas = serve(core, ask('a', [1, 2, 3], max_new_tokens=21))['a']
     assert tokens_of(deltas) == said([1, 2, 3], max_new_tokens=21)
     # the first step draws one token, each later one the right drafts and one more
     assert core.stats().steps == 1 + -(-20 // (right + 1))
