@@ -1,28 +1,60 @@
-"""GatedMLP."""
+"""GatedMLP and its first half."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
-from lmdeploy.nn.linear import Linear
-from lmdeploy.ops.activation import ACTIVATIONS
+from lmdeploy.nn.linear import Linear, read_bundle
 from lmdeploy.parallel.split import Split
+from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.kernels import GatedKernel, KernelCase, choose_gated
+from lmdeploy.weights.checkpoint import Prefix
+
+
+class GatedLinear:
+    """``activation(gate(x)) * up(x)``: two linears of one shape and what joins them, as one layer.
+
+    Args:
+        in_features, out_features: of each of the two.
+        activation: a name in ``lmdeploy.ops.activation.ACTIVATIONS``.
+        bias: whether the checkpoint must hold biases.
+    """
+
+    def __init__(self, build: Build, in_features: int, out_features: int, activation: str, bias: bool = False) -> None:
+        self.build, self.activation, self.bias = build, activation, bias
+        self.in_features, self.out_features = in_features, out_features
+        self.split = Split.OUT
+        self.kernel: GatedKernel | None = None
+        self._packed: Any = None
+
+    def load(self, gate: Prefix, up: Prefix) -> None:
+        """Pull both linears from the checkpoint.
+
+        Raises:
+            LoadError: a tensor is missing or has the wrong shape.
+        """
+        self.set(*(read_bundle(self.build, p, self.in_features, self.out_features, self.bias) for p in (gate, up)))
+
+    def set(self, gate: LinearBundle, up: LinearBundle) -> None:
+        """Take two bundles as the parameters; they are given to the kernel and not kept."""
+        case = KernelCase(gate.scheme, self.build.dtype, self.build.device)
+        self.kernel = choose_gated(case)
+        self._packed = self.kernel.pack(gate, up, case)
+        self._apply = self.kernel.apply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply(x, self._packed, self.activation)
 
 
 class GatedMLP:
-    """``down(activation(gate(x)) * up(x))`` with gate and up as one layer.
-
-    Args:
-        hidden_size, intermediate_size: widths outside and inside.
-        activation: a name in ``lmdeploy.ops.activation.ACTIVATIONS``.
-        bias: whether the linears have biases.
-    """
+    """``down(activation(gate(x)) * up(x))``: ``[T, hidden_size]`` to the same, over ``intermediate_size`` channels."""
 
     def __init__(self, build: Build, hidden_size: int, intermediate_size: int, activation: str, bias: bool) -> None:
-        self.gate_up = Linear(build, hidden_size, (intermediate_size, intermediate_size), bias, Split.OUT)
+        self.gate_up = GatedLinear(build, hidden_size, intermediate_size, activation, bias)
         self.down = Linear(build, intermediate_size, (hidden_size,), bias, Split.IN)
-        self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+        return self.down(self.gate_up(x))

@@ -5,18 +5,23 @@ Candidates are ordered; the first without a reason against it is taken. If all r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.cpu import features
 from lmdeploy.ops.cpu import linear as cpu
 from lmdeploy.ops.linear import linear
 from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.rows import join
 from lmdeploy.quant.scheme import QuantScheme
+
+K = TypeVar('K', 'LinearKernel', 'GatedKernel')
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +83,68 @@ class Dense:
         return linear(x, *packed)
 
 
-CANDIDATES: list[LinearKernel] = [PackedDense(), Dense()]
+class GatedKernel(Protocol):
+    """One way of computing ``activation(gate(x)) * up(x)``; ``activation`` is a key of ``ops.activation.ACTIVATIONS``."""
+
+    name: str
+
+    def refuse(self, case: KernelCase) -> list[str]: ...
+
+    def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> Any: ...
+
+    def apply(self, x: Tensor, packed: Any, activation: str) -> Tensor: ...
+
+
+class PackedGated(PackedDense):
+    """oneDNN with the activation and the product as epilogues of the two multiplications."""
+
+    name = 'onednn_gated'
+
+    def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> tuple[cpu.PackedWeight, cpu.PackedWeight]:
+        return cpu.pack(*_dense(gate, case)), cpu.pack(*_dense(up, case))
+
+    def apply(self, x: Tensor, packed: tuple[cpu.PackedWeight, cpu.PackedWeight], activation: str) -> Tensor:
+        return cpu.packed_gated(x, *packed, activation)
+
+
+class Merged:
+    """Gate and up as one layer of whatever kernel suits them, then the activation as an op."""
+
+    name = 'merged'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        return []
+
+    def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> tuple[LinearKernel, Any]:
+        kernel = choose_kernel(case)
+        return kernel, kernel.pack(join((gate, up)), case)
+
+    def apply(self, x: Tensor, packed: tuple[LinearKernel, Any], activation: str) -> Tensor:
+        kernel, weights = packed
+        return ACTIVATIONS[activation](kernel.apply(x, weights))
+
+
+LINEAR: list[LinearKernel] = [PackedDense(), Dense()]
+GATED: list[GatedKernel] = [PackedGated(), Merged()]
 
 
 def choose_kernel(case: KernelCase) -> LinearKernel:
-    """The first kernel that does not refuse.
+    """The first kernel of a linear layer that does not refuse.
 
     Raises:
         ConfigError: LMD-118, with every candidate's reasons.
     """
+    return _choose(LINEAR, case)
+
+
+def choose_gated(case: KernelCase) -> GatedKernel:
+    """The first kernel of the two gated layers of an MLP that does not refuse; as :func:`choose_kernel`."""
+    return _choose(GATED, case)
+
+
+def _choose(kernels: Sequence[K], case: KernelCase) -> K:
     reasons = []
-    for kernel in CANDIDATES:
+    for kernel in kernels:
         against = kernel.refuse(case)
         if not against:
             return kernel

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EPILOGUES = {'silu': ('swish', ''), 'gelu_tanh': ('gelu', 'tanh')}  # activation -> oneDNN's name and variant
 _TYPICAL_ROWS = 16  # the batch that packing optimises its layout for
 
 
@@ -30,9 +31,21 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
 def packed_linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """``x [T, in] @ W.T + bias``: ``[T, out]`` of x's dtype, which is the weight's."""
     if x.shape[0] == 1 and x.dtype is torch.float32:
-        return _multiply(x.expand(2, -1).contiguous(), packed)[:1]
-    return _multiply(x, packed)
+        return _multiply(x.expand(2, -1).contiguous(), packed, 'none', '')[:1]
+    return _multiply(x, packed, 'none', '')
 
 
-def _multiply(x: Tensor, packed: PackedWeight) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, 'none', [], '')
+def packed_gated(x: Tensor, gate: PackedWeight, up: PackedWeight, activation: str) -> Tensor:
+    """``activation(x @ gate) * (x @ up)``, both steps done on the float32 sums before they are rounded.
+
+    ``activation`` is a key of ``EPILOGUES``.
+    """
+    rows = x.shape[0]
+    if rows == 1 and x.dtype is torch.float32:
+        x = x.expand(2, -1).contiguous()
+    gated = _multiply(x, gate, *EPILOGUES[activation])
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up.weight, up.bias, 'mul')[:rows]
+
+
+def _multiply(x: Tensor, packed: PackedWeight, epilogue: str, algorithm: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, epilogue, [], algorithm)

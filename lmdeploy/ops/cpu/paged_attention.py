@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kv.cache import PAGE
-from lmdeploy.ops.cpu.spans import Chunk, Leaf, Node, Shape, build_chunks
+from lmdeploy.ops.cpu.spans import NEVER, Chunk, Leaf, Node, Shape, build_chunks
 from lmdeploy.ops.paged_attention import paged_attention
-
-NEVER = -1e30  # the score of a hidden key: exp(NEVER - anything) is exactly 0, and nothing becomes NaN
 
 Partial = tuple[Tensor, Tensor]  # result [tiles, kv_heads, rows, D] and log-sum-exp [tiles, kv_heads, rows] so far
 
@@ -26,11 +24,10 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk],
     """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
-    q = q.float() * scale
     whole = len(chunks) == 1 and chunks[0].queries is None and len(chunks[0].tokens) == tokens
     out = None if whole else q.new_zeros(tokens, heads, dim, dtype=dtype)
     for chunk in chunks:
-        tiles = _tiles(q, chunk, kv_heads)
+        tiles = _tiles(q, chunk, kv_heads, scale)
         result, _ = _evaluate(chunk.root, tiles, k_pages, v_pages, isinstance(chunk.root, tuple))
         used = chunk.size * (heads // kv_heads)
         result = result[:, :, :used].view(chunk.count, kv_heads, chunk.size, -1, dim).transpose(1, 2)
@@ -43,16 +40,16 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk],
     return q.to(dtype) if out is None else out
 
 
-def _tiles(q: Tensor, chunk: Chunk, kv_heads: int) -> Tensor:
-    """``[tiles, kv_heads, rows, D]``: a tile's rows run over its queries, then over the heads of a group."""
+def _tiles(q: Tensor, chunk: Chunk, kv_heads: int, scale: float) -> Tensor:
+    """``[tiles, kv_heads, rows, D] float32``, scaled: a tile's rows run over its queries, then over a group's heads."""
     dim = q.shape[-1]
     q = q[: chunk.count * chunk.size] if chunk.queries is None else q.index_select(0, chunk.queries)
     q = q.view(chunk.count, chunk.size, kv_heads, -1, dim).transpose(1, 2)
-    used = chunk.size * q.shape[3]
-    if used == chunk.rows:
-        return q.reshape(chunk.count, kv_heads, used, dim)
-    tiles = q.new_zeros(chunk.count, kv_heads, chunk.rows, dim)
-    tiles[:, :, :used] = q.reshape(chunk.count, kv_heads, used, dim)
+    group = q.shape[3]
+    used = chunk.size * group
+    shape = (chunk.count, kv_heads, chunk.rows, dim)
+    tiles = torch.empty(shape) if used == chunk.rows else torch.zeros(shape)
+    torch.mul(q, scale, out=tiles[:, :, :used].view(chunk.count, kv_heads, chunk.size, group, dim))
     return tiles
 
 
@@ -71,10 +68,10 @@ def _leaf(leaf: Leaf, tiles: Tensor, k_pages: Tensor, v_pages: Tensor, inner: bo
     k, v = (pages.view(-1, PAGE * dim).index_select(0, leaf.pages).view(-1, leaf.width, dim).float()
             for pages in (k_pages, v_pages))  # fmt: skip
     scores = torch.bmm(q.view(-1, rows, dim), k.transpose(1, 2))
-    if leaf.hidden is not None:
-        size = leaf.hidden.shape[2]
-        view = scores.view(pairs, kv_heads, size, rows // size, leaf.width)
-        view[pairs - leaf.hidden.shape[0] :].masked_fill_(leaf.hidden, NEVER)
+    if leaf.caps is not None:
+        size = leaf.caps.shape[2]
+        part = scores.view(pairs, kv_heads, size, rows // size, leaf.width)[pairs - leaf.caps.shape[0] :]
+        torch.minimum(part, leaf.caps, out=part)
     weights = scores.softmax(-1)
     joined = leaf.columns > 1 or leaf.table is not None
     if not joined and not inner:

@@ -21,7 +21,8 @@ SPAN = 256  # the longest inner dimension over which the batched product sums in
 OCTET = 8
 TILES = (1, 16, 64)  # tile sizes
 ROWS = 8  # products are bit-stable for multiples of so many rows
-BATCH_FLOATS = 1 << 20  # floats of scores, or of keys, of the pairs that are worked on at a time
+NEVER = np.float32(-1e30)  # the score of a hidden key: exp(NEVER - any other) is exactly 0, and nothing becomes NaN
+BATCH_FLOATS = 1 << 18  # floats of scores, or of keys, that are worked on at a time: they stay in a second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class Leaf:
         width: keys per pair, a multiple of the page; the last span of a row may need fewer than SPAN.
         tiles: ``[P] int64`` the pairs' tiles within the chunk; None: pair i is of tile i.
         pages: ``[P * kv_heads * width / PAGE] int64`` rows of a plane flattened to ``[pages, PAGE * D]``.
-        hidden: ``[H, 1, tile, 1, width] bool`` what the last H pairs must not see; None: everything is seen.
+        caps: ``[H, 1, tile, 1, width] float32`` upper bounds of the last H pairs' scores: NEVER for what a query must
+            not see, else infinity; None: all pairs see everything.
         columns: most pairs that a tile has here.
         table: ``[tiles * columns] int64`` a tile's pairs by their order; P stands for none. None: pairs are in order.
     """
@@ -50,7 +52,7 @@ class Leaf:
     width: int
     tiles: Tensor | None
     pages: Tensor
-    hidden: Tensor | None
+    caps: Tensor | None
     columns: int
     table: Tensor | None
 
@@ -182,9 +184,7 @@ def _leaf(octet: int, size: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
     partly = keys - tiles.count[tile] + 1 < width  # the tile's first query does not see the whole width
     if window:
         partly |= tiles.position[tile] + tiles.count[tile] - window > span * SPAN
-    if size == 1 or partly.all():
-        partly[:] = True
-    else:
+    if not partly.all():
         order = np.argsort(partly, kind='stable')
         tile, column, span, partly = tile[order], column[order], span[order], partly[order]
     masked = int(partly.sum())
@@ -197,7 +197,7 @@ def _leaf(octet: int, size: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
         width,
         tiles=None if np.array_equal(tile, np.arange(len(counts))) else torch.from_numpy(tile),
         pages=_pages(tiles.row[tile], span, width, table, shape),
-        hidden=_hidden(size, tiles.take(tile[pairs - masked :]), span[pairs - masked :], width, window) if masked else None,
+        caps=_caps(size, tiles.take(tile[pairs - masked :]), span[pairs - masked :], width, window) if masked else None,
         columns=columns,
         table=None if place is None else torch.from_numpy(place),
     )
@@ -213,8 +213,8 @@ def _pages(row: np.ndarray, span: np.ndarray, width: int, table: np.ndarray, sha
     return torch.from_numpy(((block[:, None] * shape.kv_heads + heads) * per_block + (page % per_block)[:, None]).ravel())
 
 
-def _hidden(size: int, tiles: _Tiles, span: np.ndarray, width: int, window: int) -> Tensor:
+def _caps(size: int, tiles: _Tiles, span: np.ndarray, width: int, window: int) -> Tensor:
     key = (span * SPAN)[:, None, None] + np.arange(width)
     query = tiles.position[:, None, None] + np.arange(size)[:, None]
     hidden = (key > query) | (key <= query - window) if window else key > query
-    return torch.from_numpy(hidden[:, None, :, None, :])
+    return torch.from_numpy(np.where(hidden, NEVER, np.float32(np.inf))[:, None, :, None, :])
