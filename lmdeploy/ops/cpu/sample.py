@@ -34,7 +34,7 @@ def ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = logits.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
     if k == 0:
         return values, ids
-    rest = range(rows)
+    rest = list(range(rows))
     if k < DEPTH < vocab:
         best, best_ids = _top(logits)
         values[:], ids[:] = best[:, :k], best_ids[:, :k]
