@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lmdeploy.cli.conversation import Conversation
 from lmdeploy.cli.reader import Reader
-from lmdeploy.cli.screen import Screen
+from lmdeploy.cli.screen import Screen, printable
 from lmdeploy.cli.settings import Settings
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.frontend.frontend import RequestOutput
@@ -181,8 +181,3 @@ class Repl:
 
     def _exit(self, _: str) -> None:
         raise Leave
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters other than line ends and tabs: a model must not steer the terminal."""
-    return ''.join(c for c in text if c in '\n\t' or not (c < ' ' or '\x7f' <= c < '\xa0'))

@@ -5,6 +5,7 @@ Answers and lists go to stdout, so that ``lmdeploy chat -q ... > answer.txt`` ho
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from lmdeploy.errors import LmdeployError
 from lmdeploy.texts import LANGUAGES
 from lmdeploy.texts.cli import NOTES
 
-__all__ = ['LANGUAGES', 'Screen', 'choose_language']
+__all__ = ['LANGUAGES', 'Screen', 'choose_language', 'printable']
 
-WIDTH = 100  # columns; a Chinese character takes two
+MAX_COLUMNS = 100
 
 
 def choose_language(option: str | None = None) -> str:
@@ -36,14 +37,28 @@ class Screen:
 
     def note(self, note: str, **params: object) -> None:
         """Print a note."""
-        print(self.text(note, **params), file=sys.stderr, flush=True)
+        self._print(self.text(note, **params))
 
     def error(self, error: LmdeployError) -> None:
         """Print an error: its code, what happened, and what to do."""
-        text = error.text(self.lang)
-        if self.lang == 'en':  # Chinese has no spaces to break lines at; the terminal does it
-            text = textwrap.fill(text, WIDTH, initial_indent='  ', subsequent_indent='  ', break_long_words=False,
-                                 break_on_hyphens=False)
-        else:
-            text = '  ' + text
-        print(f'{self.text("error", code=error.code)}\n{text}', file=sys.stderr, flush=True)
+        self._print(self.text('error', code=error.code))
+        self._print(error.text(self.lang), indent='  ')
+
+    def _print(self, text: str, indent: str = '') -> None:
+        for line in printable(text).split('\n'):
+            if self.lang == 'en' and len(indent + line) > _columns():  # a terminal breaks Chinese well by itself
+                line = textwrap.fill(line, _columns(), subsequent_indent=indent, break_long_words=False,
+                                     break_on_hyphens=False, initial_indent=indent)
+            else:
+                line = indent + line
+            print(line, file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    """Columns for text: those of the terminal, but no more than reads well."""
+    return min(MAX_COLUMNS, shutil.get_terminal_size().columns if sys.stderr.isatty() else MAX_COLUMNS)
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters other than line ends and tabs: no model and no file steers the terminal."""
+    return ''.join(c for c in text if c in '\n\t' or not (c < ' ' or '\x7f' <= c < '\xa0'))

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from lmdeploy.cli.conversation import Conversation
-from lmdeploy.cli.repl import Repl, printable
-from lmdeploy.cli.screen import Screen
+from lmdeploy.cli.repl import Repl
+from lmdeploy.cli.screen import Screen, printable
 from lmdeploy.cli.settings import Settings
 from lmdeploy.errors import EngineDead, RequestError
 from lmdeploy.frontend.frontend import RequestOutput
@@ -213,6 +213,8 @@ def test_control_characters_do_not_reach_the_terminal(build, capsys):
     build(terminal=False).ask('\x1b]0;title\x07')
     out = capsys.readouterr().out
     assert out == 'echo: ]0;title\necho: \x1b]0;title\x07\n'
+    Screen('en').error(RequestError('LMD-303', given='\x1b[2J'))
+    assert '\x1b' not in capsys.readouterr().err
 
 
 def test_help_lists_every_command(build, capsys):
