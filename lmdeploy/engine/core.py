@@ -72,8 +72,12 @@ class EngineCore:
             self.launched.append((plan, self.executor.launch(plan)))
         if self.launched and (not plan.rows or len(self.launched) >= self.depth):
             plan, handle = self.launched.popleft()
-            return self.scheduler.retire(plan, handle.result())
-        return self.scheduler.take()
+            deltas = self.scheduler.retire(plan, handle.result())
+        else:
+            deltas = self.scheduler.take()
+        if self.scheduler.idle and self.scheduler.pool.used:
+            get_logger().error('%d KV blocks are in use although there is no request', self.scheduler.pool.used)
+        return deltas
 
     def _read_mailbox(self) -> list[TokenDelta]:
         refused = []

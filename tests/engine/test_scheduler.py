@@ -270,6 +270,20 @@ def test_a_grammar_that_fails_or_allows_nothing_fails_its_request_only(depth, sc
         assert tokens_of(deltas[f'good {i}']) == said([i], max_new_tokens=5)
 
 
+def test_a_leak_is_told_when_the_engine_falls_idle(caplog):
+    core = make()
+    core.scheduler.pool.allocate(2)
+    logger = logging.getLogger('lmdeploy')
+    logger.setLevel(logging.ERROR)
+    logger.addHandler(caplog.handler)
+    core.submit(ask('a', [1], max_new_tokens=1))
+    core.step()
+    logger.removeHandler(caplog.handler)
+    assert '2 KV blocks are in use' in caplog.text
+    with pytest.raises(AssertionError, match='references and tables differ'):
+        core.check()
+
+
 # -- budget, order, overlap ------------------------------------------------------------------------------------------
 
 def test_running_streams_keep_pace_while_a_long_prompt_is_computed():
