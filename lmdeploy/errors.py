@@ -13,6 +13,7 @@ English), :meth:`LmdeployError.text` gives the other language. Code ranges:
 201   resources: memory, devices
 220   public engine options
 301   requests: prompts, limits, sampling parameters
+320   structured output
 330   the running engine
 401   command line
 501   the server

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'weights': set(),
     'tokenizer': {'weights'},
     'chat': {'tokenizer'},
+    'grammar': {'tokenizer'},  # text in, masks out; no part of the engine, which asks for masks only
     'model': {'chat'},
     'vl': set(),
     'ops': {'kv'},
@@ -45,15 +46,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     'runner': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'executor': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'engine': {'executor.base'},
-    'frontend': {'engine', 'executor.base', 'chat', 'tokenizer', 'vl'},
+    'frontend': {'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl'},
     'pipe': {'frontend'},
-    'serve': {'frontend', 'engine', 'executor.base', 'chat', 'tokenizer', 'vl', 'hub'},
+    'serve': {'frontend', 'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl', 'hub'},
     'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},
 }
 ROOTS = {'__init__', '__main__', 'api', 'cli'}  # compose everything; nothing below may import them
-TORCHLESS = {'engine', 'chat', 'config', 'frontend', 'hub', 'tokenizer', 'serve', 'cli', 'api', 'pipe', 'model',
-             'messages', 'errors', 'log', 'texts', 'version', '__init__', '__main__'}
-HEAVY = {'torch', 'triton', 'rich', 'prompt_toolkit', 'huggingface_hub', 'sentencepiece'}  # not at module level there
+TORCHLESS = {'engine', 'chat', 'config', 'frontend', 'grammar', 'hub', 'tokenizer', 'serve', 'cli', 'api', 'pipe',
+             'model', 'messages', 'errors', 'log', 'texts', 'version', '__init__', '__main__'}
+# not at module level there
+HEAVY = {'torch', 'triton', 'rich', 'prompt_toolkit', 'huggingface_hub', 'sentencepiece', 'llguidance'}
 DEVICE_NAMES = {'ops', 'parallel', 'runner', 'config', 'cli', 'messages'}  # may write the literal 'cuda'
 NEVER_IMPORT = {'pickle', 'marshal', 'shelve', 'dill', 'cloudpickle', 'joblib', 'transformers'}
 NEVER_CALL = {'eval', 'exec', '__import__', 'breakpoint', 'torch.load', 'os.system'}

@@ -43,6 +43,7 @@ TITLES = {
     'resources': ('Memory and devices', '内存与设备'),
     'options': ('Engine options', '引擎选项'),
     'requests': ('Requests', '请求'),
+    'grammar': ('Structured output', '结构化输出'),
     'engine': ('The running engine', '运行中的引擎'),
     'cli': ('Command line', '命令行'),
 }

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmdeploy.engine.plan import Logprobs
-from lmdeploy.engine.request import EngineInput, TokenDelta
+from lmdeploy.engine.request import EngineInput, Grammar, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend import params
 from lmdeploy.frontend.prompts import Prompt
+from lmdeploy.grammar.compiler import Compiler
+from lmdeploy.grammar.formats import Source, read_format
+from lmdeploy.grammar.sandbox import Sandbox
 from lmdeploy.messages import FinishReason, GenerationConfig
 from lmdeploy.tokenizer.detokenize import Detokenizer
 from lmdeploy.tokenizer.stops import StopFilter
@@ -65,6 +68,7 @@ class Prepared:
     tokens: list[int]
     choices: list[SamplingParams]
     rules: params.TextRules
+    grammar: Source | None = None
 
 
 class AsyncFrontend:
@@ -84,6 +88,7 @@ class AsyncFrontend:
         self.template = template
         self.capacity = capacity
         self.model_len = model_len
+        self.grammars = Compiler(tokenizer, capacity.vocab_size, sandbox=Sandbox())
         self._ids = itertools.count()
 
     def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
@@ -106,7 +111,7 @@ class AsyncFrontend:
         stops = self.template.stop_words if do_preprocess or prompt.messages else ()
         choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len,
                                         continues=prompt.text is not None and not do_preprocess)
-        return Prepared(tokens, choices, rules)
+        return Prepared(tokens, choices, rules, read_format(gen.response_format))
 
     def _tokens(self, prompt: Prompt, do_preprocess: bool, sequence_start: bool, tools: list[dict] | None,
                 enable_thinking: bool | None) -> list[int]:
@@ -140,19 +145,32 @@ class AsyncFrontend:
         try:
             prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, sequence_start=sequence_start,
                                     tools=tools, enable_thinking=enable_thinking)
+            grammars = await self._grammars(prepared)
         except LmdeployError as error:
             for choice in range(gen.n if isinstance(gen.n, int) else 1):
                 yield RequestOutput('', [], 0, 0, choice, 'error', error=error)
             return
         group = f'r{next(self._ids)}'
         share = group if len(prepared.choices) > 1 else None
-        inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, share=share)
+        inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, share=share,
+                              grammar=grammars[i])
                   for i, choice in enumerate(prepared.choices)]
         streams = [self._answer(request, prepared.rules, i) for i, request in enumerate(inputs)]
         merged = streams[0] if len(streams) == 1 else merge(streams)
         async with aclosing(merged):
             async for output in merged:
                 yield output
+
+    async def _grammars(self, prepared: Prepared) -> list[Grammar | None]:
+        """One matcher per answer; compiled outside the event loop.
+
+        Raises:
+            RequestError: LMD-325 to LMD-328.
+        """
+        if prepared.grammar is None:
+            return [None] * len(prepared.choices)
+        compiled = await self.grammars.prepare(prepared.grammar)
+        return [compiled.matcher(choice.stop_ids) for choice in prepared.choices]
 
     async def cross_entropy(self, token_ids: list[int]) -> float:
         """The mean cross-entropy, in nats, of the tokens after the first; summed up chunk by chunk.

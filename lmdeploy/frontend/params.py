@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.errors import RequestError
 from lmdeploy.frontend.bad_words import BadWords, Decoder
+from lmdeploy.grammar.formats import read_format
 from lmdeploy.messages import GenerationConfig
 
 MAX_WORDS, MAX_WORD_LEN = 128, 1024
@@ -42,7 +43,8 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
 
     Raises:
         RequestError: LMD-310 (a number outside its range, or not a number), LMD-311 (a list too long or of the wrong
-            kind), LMD-312 (a choice that is none), LMD-313 (a feature that this version has not).
+            kind), LMD-312 (a choice that is none), LMD-313 (a feature that this version has not), LMD-320 to LMD-324
+            and LMD-328 (response_format).
     """
     if not isinstance(gen, GenerationConfig):
         raise RequestError('LMD-314', given=type(gen).__name__)
@@ -79,7 +81,9 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
     processors = gen.logits_processors
     if processors is not None and not (isinstance(processors, (list, tuple)) and all(map(callable, processors))):
         raise RequestError('LMD-311', field='logits_processors', what='a list of functions', most=MAX_WORDS)
-    for name in ('response_format', 'migration_request', 'with_cache', 'preserve_cache'):
+    if read_format(gen.response_format) is not None and gen.ignore_eos:
+        raise RequestError('LMD-328')
+    for name in ('migration_request', 'with_cache', 'preserve_cache'):
         if getattr(gen, name):
             raise RequestError('LMD-313', field=name)
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from importlib import import_module
 
 LANGUAGES = ('en', 'zh')
-AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'engine', 'cli')
+AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
+         'cli')
 _table: dict[str, dict[str, str]] = {}
 
 
