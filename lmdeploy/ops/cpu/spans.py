@@ -18,6 +18,7 @@ from torch import Tensor
 from lmdeploy.kv.cache import PAGE
 
 SPAN = 256  # the longest inner dimension over which the batched product sums in one fixed order
+WIDTHS = (64, 128, 256)  # inner dimensions that give the same bits if what they leave out is zero
 OCTET = 8
 TILES = (1, 16, 64)  # tile sizes
 ROWS = 8  # products are bit-stable for multiples of so many rows
@@ -40,7 +41,7 @@ class Leaf:
     """P pairs to multiply as one batch.
 
     Attributes:
-        width: keys per pair, a multiple of the page; the last span of a row may need fewer than SPAN.
+        width: keys per pair, one of WIDTHS; the last span of a row may need fewer than SPAN.
         tiles: ``[P] int64`` the pairs' tiles within the chunk; None: pair i is of tile i.
         pages: ``[P * kv_heads * width / PAGE] int64`` rows of a plane flattened to ``[pages, PAGE * D]``.
         caps: ``[H, 1, tile, 1, width] float32`` upper bounds of the last H pairs' scores: NEVER for what a query must
@@ -180,7 +181,7 @@ def _leaf(octet: int, size: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
     column += first[tile] - octet * OCTET  # the tree over spans starts at the octet
     columns = int(column.max()) + 1
     keys = tiles.position[tile] + tiles.count[tile] - span * SPAN  # keys of the span up to the tile's last query
-    width = min(-(-int(keys.max()) // PAGE) * PAGE, SPAN)
+    width = next((width for width in WIDTHS if keys.max() <= width), SPAN)
     partly = keys - tiles.count[tile] + 1 < width  # the tile's first query does not see the whole width
     if window:
         partly |= tiles.position[tile] + tiles.count[tile] - window > span * SPAN
