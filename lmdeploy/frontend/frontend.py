@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lmdeploy.chat.messages import get_text
 from lmdeploy.engine.plan import Logprobs
 from lmdeploy.engine.request import EngineInput, Grammar, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
@@ -92,29 +93,41 @@ class AsyncFrontend:
         self._ids = itertools.count()
 
     def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
-                sequence_start: bool = True, tools: list[dict] | None = None,
-                enable_thinking: bool | None = None) -> Prepared:
-        """Template, tokens, limits, parameters.
+                sequence_start: bool = True, tools: list[dict] | None = None, enable_thinking: bool | None = None,
+                chat_template_kwargs: dict[str, Any] | None = None) -> Prepared:
+        """Template, tokens, limits, parameters. Thread-safe, so that long prompts need not hold up an event loop.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served (LMD-301 and following).
         """
         params.check(gen, self.capacity.vocab_size)
-        tokens = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking)
+        tokens = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking, chat_template_kwargs)
         if not tokens:
             raise RequestError('LMD-302')
         session_len = self.capacity.session_len
         if len(tokens) >= session_len:
-            parts = f'{len(prompt.messages)} messages' if prompt.messages else '1 prompt'
-            raise RequestError('LMD-301', prompt_len=len(tokens), session_len=session_len, parts=parts,
-                               model_len=self.model_len)
+            raise RequestError('LMD-301', prompt_len=len(tokens), session_len=session_len,
+                               parts=self._parts(prompt, len(tokens)), model_len=self.model_len)
         stops = self.template.stop_words if do_preprocess or prompt.messages else ()
         choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len,
                                         continues=prompt.text is not None and not do_preprocess)
         return Prepared(tokens, choices, rules, read_format(gen.response_format))
 
+    def _parts(self, prompt: Prompt, total: int) -> str:
+        """What the tokens of a prompt that is too long are spent on."""
+        if not prompt.messages:
+            return '1 prompt'
+        counts = {'system': 0, 'history': 0, 'last message': 0}
+        for i, message in enumerate(prompt.messages):
+            last = i == len(prompt.messages) - 1
+            name = 'system' if message['role'] in ('system', 'developer') else 'last message' if last else 'history'
+            text = get_text(message.get('content'))
+            counts[name] += len(self.tokenizer.encode(text, add_bos=False, add_special_tokens=False))
+        counts['template and tools'] = max(total - sum(counts.values()), 0)
+        return f'{len(prompt.messages)} messages; ' + ', '.join(f'{k} {v}' for k, v in counts.items() if v)
+
     def _tokens(self, prompt: Prompt, do_preprocess: bool, sequence_start: bool, tools: list[dict] | None,
-                enable_thinking: bool | None) -> list[int]:
+                enable_thinking: bool | None, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
         if prompt.token_ids is not None:
             for token in prompt.token_ids:
                 if not 0 <= token < self.capacity.vocab_size:
@@ -125,8 +138,9 @@ class AsyncFrontend:
             # a raw prompt is the operator's own text: control tokens in it act
             return self.tokenizer.encode(prompt.text, add_bos=sequence_start)
         messages = prompt.messages if prompt.messages is not None else [{'role': 'user', 'content': prompt.text}]
+        more = {'chat_template_kwargs': chat_template_kwargs} if chat_template_kwargs else {}
         segments = self.template.render(messages, sequence_start=sequence_start, tools=tools,
-                                        enable_thinking=enable_thinking)
+                                        enable_thinking=enable_thinking, **more)
         return self.tokenizer.encode_segments(segments, add_bos=sequence_start and self.template.add_bos)
 
     def _refuse_huge(self, prompt: Prompt) -> None:
@@ -145,21 +159,44 @@ class AsyncFrontend:
         try:
             prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, sequence_start=sequence_start,
                                     tools=tools, enable_thinking=enable_thinking)
-            grammars = await self._grammars(prepared)
+            answers = await self.submit(prepared, salt=salt)
         except LmdeployError as error:
             for choice in range(gen.n if isinstance(gen.n, int) else 1):
                 yield RequestOutput('', [], 0, 0, choice, 'error', error=error)
             return
-        group = f'r{next(self._ids)}'
+        async with aclosing(answers):
+            async for output in answers:
+                yield output
+
+    async def submit(self, prepared: Prepared, *, salt: bytes = b'', tenant: str = '',
+                     name: str | None = None) -> AsyncGenerator[RequestOutput, None]:
+        """Compile the grammar, if there is one, and return the answers of a prepared request.
+
+        Args:
+            salt: parts the prefix cache.
+            tenant: tenants are served in turn, and share no cached blocks.
+            name: unique; :meth:`abort` takes it.
+
+        Raises:
+            RequestError: LMD-325 to LMD-328.
+        """
+        grammars = await self._grammars(prepared)
+        group = name or self.new_name()
         share = group if len(prepared.choices) > 1 else None
-        inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, share=share,
-                              grammar=grammars[i])
+        inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, tenant=tenant,
+                              share=share, grammar=grammars[i])
                   for i, choice in enumerate(prepared.choices)]
         streams = [self._answer(request, prepared.rules, i) for i, request in enumerate(inputs)]
-        merged = streams[0] if len(streams) == 1 else merge(streams)
-        async with aclosing(merged):
-            async for output in merged:
-                yield output
+        return streams[0] if len(streams) == 1 else merge(streams)
+
+    def new_name(self) -> str:
+        """A name that no other request of this frontend has."""
+        return f'r{next(self._ids)}'
+
+    def abort(self, name: str, choices: int) -> None:
+        """End the ``choices`` answers of a submitted request: each gets a last output with reason ``'abort'``."""
+        for i in range(choices):
+            self.client.abort(f'{name}.{i}')
 
     async def _grammars(self, prepared: Prepared) -> list[Grammar | None]:
         """One matcher per answer; compiled outside the event loop.
