@@ -46,6 +46,7 @@ TITLES = {
     'grammar': ('Structured output', '结构化输出'),
     'engine': ('The running engine', '运行中的引擎'),
     'cli': ('Command line', '命令行'),
+    'server': ('The server', '服务端'),
 }
 
 

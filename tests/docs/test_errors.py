@@ -17,7 +17,7 @@ def test_the_pages_are_up_to_date(capsys):
 def test_every_code_has_a_row(lang):
     text = page(lang)
     assert all(text.count(f'\n| {code} | ') == 1 for code in table())
-    assert set(TITLES) == set(AREAS)
+    assert set(AREAS) <= set(TITLES)
 
 
 def test_codes_in_the_pages_exist():
