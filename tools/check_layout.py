@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},
 }
 ROOTS = {'__init__', '__main__', 'api', 'cli'}  # compose everything; nothing below may import them
+PROCESS_ROOTS = {('engine', 'process.py')}  # a program of its own that composes an engine
 TORCHLESS = {'engine', 'chat', 'config', 'frontend', 'grammar', 'hub', 'tokenizer', 'serve', 'cli', 'api', 'pipe',
              'model', 'messages', 'errors', 'log', 'texts', 'version', '__init__', '__main__'}
 # not at module level there
@@ -115,7 +116,7 @@ def check_imports(tree: ast.Module, path: Path, package: str) -> Iterator[Findin
             yield Finding(path, item.line, 'imports triton outside ops/triton')
         if (top == 'ray' or item.name.startswith('torch.distributed')) and package not in ('executor', 'parallel'):
             yield Finding(path, item.line, f'imports {top}.distributed or ray outside executor and parallel')
-        if top == 'lmdeploy' and rest and package not in ROOTS:
+        if top == 'lmdeploy' and rest and package not in ROOTS and path.parts[1:] not in PROCESS_ROOTS:
             yield from _check_direction(item, rest, path, package)
 
 

@@ -74,6 +74,7 @@ def test_a_broken_law_is_found(tmp_path, file, source, words):
     ('lmdeploy/attention/a.py', 'from lmdeploy.runner.batch import ForwardBatch'),
     ('lmdeploy/engine/a.py', 'import numpy\nfrom lmdeploy.executor.base import X\nfrom lmdeploy.errors import Y'),
     ('lmdeploy/engine/a.py', 'from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch'),
+    ('lmdeploy/engine/process.py', 'from lmdeploy.executor.local import X\nfrom lmdeploy.tokenizer import Y'),
     ('lmdeploy/frontend/a.py', 'def f():\n    import torch'),
     ('lmdeploy/ops/triton/a.py', 'import triton'),
     ('lmdeploy/parallel/a.py', 'import torch.distributed'),
