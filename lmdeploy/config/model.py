@@ -221,7 +221,8 @@ def _tied(family: Family, fields: Fields, top: Fields) -> bool:
 def _activation(family: Family, fields: Fields) -> str:
     name = fields.text(family.activation, 'silu')
     if name not in ACTIVATIONS:
-        raise ConfigError('LMD-115', field=fields.path + family.activation, value=shown(name), known=', '.join(ACTIVATIONS))
+        field_ = fields.path + family.activation
+        raise ConfigError('LMD-115', field=field_, value=shown(name), known=', '.join(ACTIVATIONS))
     return ACTIVATIONS[name]
 
 

@@ -103,7 +103,8 @@ def _read(scaling: Fields, base: Fields, context: RopeContext) -> RopeConfig:
     if rope_type == 'default':
         return RopeConfig('default', theta, dim)
     if rope_type not in ROPE_TYPES:
-        raise ConfigError('LMD-111', rope_type=rope_type[:80], field=scaling.path.rstrip('.'), known=', '.join(ROPE_TYPES))
+        where = scaling.path.rstrip('.')
+        raise ConfigError('LMD-111', rope_type=rope_type[:80], field=where, known=', '.join(ROPE_TYPES))
     if rope_type == 'frequency_factors':
         return RopeConfig(rope_type, theta, dim, factors=scaling.floats('factors', dim // 2))
     factor = scaling.number('factor', 0.0, MAX_FACTOR)

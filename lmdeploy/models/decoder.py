@@ -39,22 +39,21 @@ class DecoderLayer:
             return RMSNorm(build, config.hidden_size, config.rms_norm_eps, spec.norm_plus_one)
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention_post_norm = norm() if spec.post_norms else None
-        self.mlp_post_norm = norm() if spec.post_norms else None
+        self.post_norms = (norm(), norm()) if spec.post_norms else None
 
-    def __call__(self, x: Tensor | None, residual: Tensor, tables: tuple[Tensor, Tensor], kv: KVLayer,
+    def __call__(self, x: Tensor, residual: Tensor | None, tables: tuple[Tensor, Tensor], kv: KVLayer,
                  batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``residual`` is the stream; ``x`` what the layer before adds to it (None: nothing yet)."""
-        if x is None:
-            x = self.attention_norm(residual)
+        """``x`` is what the layer before adds to the stream ``residual`` (None: x is the stream)."""
+        if residual is None:
+            x, residual = self.attention_norm(x), x
         else:
             x, residual = self.attention_norm.add(x, residual)
         x = self.attention(x, tables, kv, batch)
-        if self.attention_post_norm is not None:
-            x = self.attention_post_norm(x)
+        if self.post_norms is not None:
+            x = self.post_norms[0](x)
         x, residual = self.mlp_norm.add(x, residual)
         x = self.mlp(x)
-        return (x if self.mlp_post_norm is None else self.mlp_post_norm(x)), residual
+        return (x if self.post_norms is None else self.post_norms[1](x)), residual
 
     def load(self, prefix: Prefix, names: Names) -> None:
         attention, mlp = prefix.child(names.attention), prefix.child(names.mlp)
@@ -63,16 +62,16 @@ class DecoderLayer:
         else:
             self.attention.qkv.load(*(attention.child(name) for name in names.qkv))
         self.attention.o.load(attention.child(names.o))
-        if self.attention.q_norm is not None:
-            self.attention.q_norm.load(attention.child('q_norm'))
-            self.attention.k_norm.load(attention.child('k_norm'))
+        if self.attention.qk_norms is not None:
+            for norm, name in zip(self.attention.qk_norms, ('q_norm', 'k_norm')):
+                norm.load(attention.child(name))
         self.mlp.gate_up.load(*(mlp.child(name) for name in names.gate_up))
         self.mlp.down.load(mlp.child(names.down))
         self.attention_norm.load(prefix.child(names.attention_norm))
         self.mlp_norm.load(prefix.child(names.mlp_norm))
-        if self.attention_post_norm is not None:
-            self.attention_post_norm.load(prefix.child(names.attention_post_norm))
-            self.mlp_post_norm.load(prefix.child(names.mlp_post_norm))
+        if self.post_norms is not None:
+            for norm, name in zip(self.post_norms, (names.attention_post_norm, names.mlp_post_norm)):
+                norm.load(prefix.child(name))
 
 
 class Decoder:
@@ -130,9 +129,10 @@ class Decoder:
         """Write the step's keys and values into ``kv`` and return the hidden states ``[T, hidden]``, normalised."""
         self.prepare(batch, kv)
         tables = [rotary(batch.positions) for rotary in self.ropes]
-        x, residual = None, self.embedding(batch.token_ids)
+        x, residual = self.embedding(batch.token_ids), None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, tables[self.layer_ropes[i]], kv.layer(i), batch)
+        assert residual is not None  # there is a layer
         return self.norm.add(x, residual)[0]
 
     @torch.inference_mode()

@@ -24,7 +24,9 @@ class CausalLM(Protocol):
     spec: DecoderSpec
     config: ModelConfig
     kv_shape: KVShape
-    ignore: tuple[str, ...]
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
 
     def load(self, prefix: Prefix) -> None: ...
 

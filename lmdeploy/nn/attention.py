@@ -48,21 +48,21 @@ class Attention:
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = Linear(build, shape.hidden_size, (q, kv, kv), shape.qkv_bias, Split.OUT)
         self.o = Linear(build, q, (shape.hidden_size,), shape.o_bias, Split.IN)
-        self.q_norm = self.k_norm = None
+        self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if shape.qk_norm:
-            self.q_norm = RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one)
-            self.k_norm = RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one)
+            q_norm, k_norm = (RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one) for _ in range(2))
+            self.qk_norms = q_norm, k_norm
 
     def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: KVLayer, batch: ForwardBatch) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
         shape = self.shape
         qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
         turned = shape.heads + shape.kv_heads
-        if self.q_norm is None:
+        if self.qk_norms is None:
             qk = rope(qkv[:, :turned], *tables)
             q, k = qk[:, : shape.heads], qk[:, shape.heads :]
         else:
-            q = rope(self.q_norm(qkv[:, : shape.heads]), *tables)
-            k = rope(self.k_norm(qkv[:, shape.heads : turned]), *tables)
+            q_norm, k_norm = self.qk_norms
+            q, k = rope(q_norm(qkv[:, : shape.heads]), *tables), rope(k_norm(qkv[:, shape.heads : turned]), *tables)
         out = self.backend.run(q, k, qkv[:, turned:], layer, batch, shape.scale, shape.window)
         return self.o(out.view(x.shape[0], -1))

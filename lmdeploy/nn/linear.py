@@ -63,9 +63,10 @@ def read_bundle(build: Build, prefix: Prefix, in_features: int, out_features: in
         LoadError: LMD-132 missing weight or bias, LMD-133 wrong shape.
     """
     bundle = build.policy.format(prefix).load(prefix, build.dtype)
+    file = prefix.checkpoint.path
     found, wanted = [bundle.out_features, bundle.in_features], [out_features, in_features]
     if found != wanted:
-        raise LoadError('LMD-133', tensor=f'{prefix.path}.weight', file=prefix.checkpoint.path, found=found, wanted=wanted)
+        raise LoadError('LMD-133', tensor=f'{prefix.path}.weight', file=file, found=found, wanted=wanted)
     if bias and bundle.bias is None:
-        raise LoadError('LMD-132', tensor=f'{prefix.path}.bias', file=prefix.checkpoint.path)
+        raise LoadError('LMD-132', tensor=f'{prefix.path}.bias', file=file)
     return bundle

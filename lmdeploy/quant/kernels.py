@@ -51,14 +51,7 @@ class PackedDense:
     name = 'onednn_packed'
 
     def refuse(self, case: KernelCase) -> list[str]:
-        reasons = []
-        if case.device.type != 'cpu':
-            reasons.append('runs on cpu')
-        if not case.scheme.dense:
-            reasons.append('needs a dense weight')
-        if not features.packed_linear(case.dtype):
-            reasons.append(f'oneDNN does not multiply {case.dtype} here')
-        return reasons
+        return _refuse_packed(case)
 
     def pack(self, bundle: LinearBundle, case: KernelCase) -> cpu.PackedWeight:
         weight, bias = _dense(bundle, case)
@@ -84,7 +77,7 @@ class Dense:
 
 
 class GatedKernel(Protocol):
-    """One way of computing ``activation(gate(x)) * up(x)``; ``activation`` is a key of ``ops.activation.ACTIVATIONS``."""
+    """One way of computing ``activation(gate(x)) * up(x)``, for the activations of ``ops.activation.ACTIVATIONS``."""
 
     name: str
 
@@ -95,10 +88,13 @@ class GatedKernel(Protocol):
     def apply(self, x: Tensor, packed: Any, activation: str) -> Tensor: ...
 
 
-class PackedGated(PackedDense):
+class PackedGated:
     """oneDNN with the activation and the product as epilogues of the two multiplications."""
 
     name = 'onednn_gated'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        return _refuse_packed(case)
 
     def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> tuple[cpu.PackedWeight, cpu.PackedWeight]:
         return cpu.pack(*_dense(gate, case)), cpu.pack(*_dense(up, case))
@@ -150,6 +146,17 @@ def _choose(kernels: Sequence[K], case: KernelCase) -> K:
             return kernel
         reasons.append(f'{kernel.name}: {", ".join(against)}')
     raise ConfigError('LMD-118', scheme=case.scheme.name, device=case.device, reasons='; '.join(reasons))
+
+
+def _refuse_packed(case: KernelCase) -> list[str]:
+    reasons = []
+    if case.device.type != 'cpu':
+        reasons.append('runs on cpu')
+    if not case.scheme.dense:
+        reasons.append('needs a dense weight')
+    if not features.packed_linear(case.dtype):
+        reasons.append(f'oneDNN does not multiply {case.dtype} here')
+    return reasons
 
 
 def _dense(bundle: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:

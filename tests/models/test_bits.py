@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from lmdeploy.ops.cpu import features
 from tests.models.driver import Driver, load_model
 from tests.models.test_logits import tokens
 from tests.models.tiny import ARCHITECTURES
-
-from lmdeploy.ops.cpu import features
 
 LENGTH = 330  # more than one span of keys
 DTYPES = [torch.float32] + ([torch.bfloat16] if features.packed_linear(torch.bfloat16) else [])

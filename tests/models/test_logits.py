@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.models.driver import Driver, load_model
 from tests.models.tiny import ARCHITECTURES, VOCAB, load_reference
 

@@ -68,7 +68,8 @@ def load_reference(folder: Path) -> Any:
     """transformers' model of the folder, in float32, with plain attention."""
     twin = Path(folder) / TWIN
     path = twin if twin.exists() else folder
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation='eager').eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation='eager')
+    return loaded.eval()
 
 
 def _randomise(model: torch.nn.Module) -> None:

@@ -20,7 +20,8 @@ from lmdeploy.ops.paged_attention import paged_attention
 Partial = tuple[Tensor, Tensor]  # result [tiles, kv_heads, rows, D] and log-sum-exp [tiles, kv_heads, rows] so far
 
 
-def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk], scale: float, dtype: torch.dtype) -> Tensor:
+def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk], scale: float,
+           dtype: torch.dtype) -> Tensor:  # fmt: skip
     """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]

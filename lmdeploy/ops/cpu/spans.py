@@ -98,7 +98,8 @@ class _Tiles:
         return _Tiles(self.row[index], self.token[index], self.count[index], self.position[index])
 
 
-def build_chunks(query_start: list[int], kv_lens: list[int], block_table: Tensor, shape: Shape, window: int) -> list[Chunk]:
+def build_chunks(query_start: list[int], kv_lens: list[int], block_table: Tensor, shape: Shape,
+                 window: int) -> list[Chunk]:  # fmt: skip
     """The chunks of a step for layers of one window (0: all keys)."""
     table = block_table.numpy()
     chunks = []
@@ -211,7 +212,8 @@ def _pages(row: np.ndarray, span: np.ndarray, width: int, table: np.ndarray, sha
     known = block < table.shape[1]
     block = np.where(known, table[row[:, None], np.where(known, block, 0)], 0).astype(np.int64)
     heads = np.arange(shape.kv_heads)[None, :, None]
-    return torch.from_numpy(((block[:, None] * shape.kv_heads + heads) * per_block + (page % per_block)[:, None]).ravel())
+    rows = (block[:, None] * shape.kv_heads + heads) * per_block + (page % per_block)[:, None]
+    return torch.from_numpy(rows.ravel())
 
 
 def _caps(size: int, tiles: _Tiles, span: np.ndarray, width: int, window: int) -> Tensor:
