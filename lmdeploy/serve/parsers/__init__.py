@@ -7,6 +7,24 @@ on how it was cut into pieces.
 ==================  ========================================================  ======================================
 tool parser         form                                                      names
 ==================  ========================================================  ======================================
+``QwenTools``       ``<tool_call>{"name", "arguments"}</tool_call>``, or      qwen, qwen2d5, qwen3, hermes
+                    that object, bare or as a block of JSON code, at the
+                    beginning of an answer
+``InternLMTools``   ``<|action_start|><|plugin|>{"name", "parameters"}        internlm, internlm2, internlm3,
+                    <|action_end|>``                                          intern-s1
+``Llama3Tools``     ``<|python_tag|>{"name", "parameters"}``,                 llama3, llama3_1, llama3_2
+                    ``<function=NAME>{...}</function>``, or the object at
+                    the beginning of an answer, as above
+``RequiredCalls``   ``[{"name", "parameters" or "arguments"}, ...]``          (``tool_choice='required'``)
+``NamedCall``       ``{...}``, the arguments of a known function              (``tool_choice`` names a function)
+==================  ========================================================  ======================================
+
+Further calls may follow an object of a call, directly or behind ``;`` (Qwen, Llama 3). Calls are at most 64 levels
+deep, their arguments at most 262,144 characters long.
+
+====================  ======================================
+tool parser         form                                                      names
+==================  ========================================================  ======================================
 ``QwenTools``       ``<tool_call>{"name", "arguments"}</tool_call>``          qwen, qwen2d5, qwen3, hermes
 ``InternLMTools``   ``<|action_start|><|plugin|>{"name", "parameters"}        internlm, internlm2, internlm3,
                     <|action_end|>``                                          intern-s1

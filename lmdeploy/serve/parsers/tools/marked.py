@@ -9,7 +9,7 @@ from typing import ClassVar
 from lmdeploy.serve.parsers.base import MAX_SPACE, SPACE, new_call_id
 from lmdeploy.serve.parsers.markers import MarkerScanner, skip_space
 from lmdeploy.serve.parsers.tools.call import MAX_NAME, ArgumentsObject, CallObject, usable_name
-from lmdeploy.serve.parsers.tools.machine import CallMachine
+from lmdeploy.serve.parsers.tools.machine import CallMachine, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,18 @@ class Form:
         opening: the markers in front of it; whitespace may stand between two.
         closing: the marker behind it; it may be missing, because the last token of an answer is not part of its text.
         named: ``NAME>`` and the arguments follow, not a call as a JSON object.
+        strict: nothing but its shape tells the call from other JSON, so it must call a function that is offered.
     """
 
     opening: tuple[str, ...]
     closing: str = ''
     named: bool = False
+    strict: bool = False
+
+
+BARE = Form((), strict=True)
+FENCE = '```'
+FENCED = Form((FENCE + 'json',), FENCE, strict=True)
 
 
 class MarkedTools(CallMachine):
@@ -34,13 +41,13 @@ class MarkedTools(CallMachine):
 
     Args:
         new_id: makes the ids of calls.
-        names: the functions that the request offers. Only what nothing but its shape tells from other JSON must call
-            one of them; a marked call of an unknown function is a call.
+        names: the functions that the request offers; None: not known. A marked call of another one is a call all the
+            same, and the client's to refuse; a call without markers is then text.
     """
 
     forms: ClassVar[tuple[Form, ...]]
     bare: ClassVar[bool] = False
-    """A call may begin an answer without any marker."""
+    """A call may begin an answer without any marker, or in a block of JSON code."""
     chained: ClassVar[bool] = False
     """Behind a call as a JSON object another one may follow without a marker, or behind ``;``."""
 
@@ -49,25 +56,28 @@ class MarkedTools(CallMachine):
         self._names = names
         self._openings = {form.opening[0]: form for form in self.forms}
         self._scanner = MarkerScanner(*self._openings)
-        self._form: Form | None = None  # of the latest call; None: a bare one
+        self._form = BARE  # of the latest call
         self._due: list[str] = []  # further markers of the opening, the next one last
         self._rest = ''  # of the marker that must follow
         self._gap = 0  # length of the whitespace in front of what must follow
         self._name: list[str] = []
         self._object: CallObject | ArgumentsObject | None = None
-        self._strict = False  # the chain began with a bare call
         self._behind_call = False  # nothing but whitespace since the latest call
 
     # In the text.
 
     def _begin(self, text: str, pos: int) -> int:
-        """In front of the first character of an answer that may be a bare call."""
+        """In front of the first character of an answer."""
         stop = skip_space(text, pos)
         self._scanner.space(text[pos:stop])
         if stop < len(text):
             self._state = self._text
             if self.bare and text[stop] == '{':
-                self._enter_object(strict=True)
+                self._enter_object()
+            elif self.bare and text[stop] == FENCE[0]:
+                self._hold_rest()
+                self._form = FENCED
+                self._expect(FENCED.opening[0], self._in_marker)
         return stop
 
     def _text(self, text: str, pos: int) -> int:
@@ -88,14 +98,17 @@ class MarkedTools(CallMachine):
         self._scanner.markers = tuple(self._openings)
 
     def _behind(self, text: str, pos: int) -> int:
-        """Right behind a call that others may follow."""
+        """Right behind a call that is a JSON object."""
         stop = skip_space(text, pos)
         self._scanner.space(text[pos:stop])
         if stop < len(text):
             self._state = self._text
-            if text[stop] == '{':
-                self._enter_object(self._strict)
-            elif text[stop] == ';':
+            if text[stop] == FENCE[0] and self._form is FENCED:
+                self._hold_rest()
+                self._expect(FENCE, self._in_fence)
+            elif text[stop] == '{' and self.chained:
+                self._enter_object()
+            elif text[stop] == ';' and self.chained:
                 self._hold_rest()
                 self._out.hold(';')
                 self._gap = 0
@@ -115,6 +128,7 @@ class MarkedTools(CallMachine):
             self._out.release(frame=self._behind_call)
             self._scanner.markers = tuple(self._openings)
             return
+        self._leave_call()
         self._form = self._openings[marker]
         self._due = list(self._form.opening[:0:-1])
         self._after_marker()
@@ -122,13 +136,16 @@ class MarkedTools(CallMachine):
     def _after_marker(self) -> None:
         self._gap = 0
         if self._due:
-            self._rest = self._due.pop()
-            self._state = self._next_marker
-        elif self._form is not None and self._form.named:
+            self._expect(self._due.pop(), self._next_marker)
+        elif self._form.named:
             self._name = []
             self._state = self._function
         else:
             self._state = self._next_object
+
+    def _expect(self, marker: str, state: State) -> None:
+        self._rest = marker
+        self._state = state
 
     # Between the markers and the call: what is read is held.
 
@@ -154,12 +171,25 @@ class MarkedTools(CallMachine):
         return pos
 
     def _in_marker(self, text: str, pos: int) -> int:
+        pos = self._match(text, pos)
+        if not self._rest:
+            self._after_marker()
+        return pos
+
+    def _in_fence(self, text: str, pos: int) -> int:
+        """In the end of a code block."""
+        pos = self._match(text, pos)
+        if not self._rest:
+            self._out.release(frame=True)
+            self._state = self._text
+        return pos
+
+    def _match(self, text: str, pos: int) -> int:
+        """One character of the marker that is due."""
         if text[pos] != self._rest[0]:
             return self._give_up(pos)
         self._out.hold(text[pos])
         self._rest = self._rest[1:]
-        if not self._rest:
-            self._after_marker()
         return pos + 1
 
     def _function(self, text: str, pos: int) -> int:
@@ -180,21 +210,19 @@ class MarkedTools(CallMachine):
             return self._read_gap(text, pos)
         if text[pos] != '{':
             return self._give_up(pos)
-        if self._form is not None and self._form.named:
+        if self._form.named:
             self._out.start(''.join(self._name))
             self._object = ArgumentsObject(self._out)
             self._state = self._in_object
         else:
-            self._enter_object(strict=self._form is None)
+            self._enter_object()
         return pos
 
     # In the call.
 
-    def _enter_object(self, strict: bool) -> None:
+    def _enter_object(self) -> None:
         self._hold_rest()
-        self._strict = strict
-        if strict:
-            self._form = None
+        strict = self._form.strict
         self._object = CallObject(self._out, bare=strict, names=self._names if strict else None)
         self._state = self._in_object
 
@@ -213,9 +241,9 @@ class MarkedTools(CallMachine):
         self._state = self._text
         if called and complete:
             self._behind_call = True
-            if self._form is not None and self._form.closing:
+            if self._form in self.forms and self._form.closing:
                 self._scanner.markers += (self._form.closing,)
-            if self.chained and isinstance(self._object, CallObject) and self._object.done:
+            if isinstance(self._object, CallObject) and self._object.done:
                 self._state = self._behind
         self._object = None
 
@@ -235,9 +263,11 @@ def _complete(called: CallObject | ArgumentsObject) -> bool:
 
 
 class QwenTools(MarkedTools):
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``; small and coder models often leave the tags out."""
 
     forms = (Form(('<tool_call>',), '</tool_call>'),)
+    bare = True
+    chained = True
 
 
 class InternLMTools(MarkedTools):
