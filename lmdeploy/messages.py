@@ -35,7 +35,7 @@ class GenerationConfig:
         skip_special_tokens: leave control tokens out of the text.
         spaces_between_special_tokens: put spaces between control tokens in the text.
         logprobs: the k best log-probabilities per generated token, in [0, 1024].
-        response_format: what the answer must look like: ``{'type': 'json_object'}``, ``'json_schema'`` with a schema, or
+        response_format: what the answer looks like: ``{'type': 'json_object'}``, ``'json_schema'`` with a schema, or
             ``'regex_schema'`` with a regular expression; None or ``{'type': 'text'}``: any text.
         logits_processors: functions of the caller's that change the logits of each step.
         output_logits: ``'all'`` (prompt and answer) or ``'generation'`` rows of logits in the response.

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-          "'<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+          "'<|im_end|>' + '\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 TEXT = ['the quick brown fox jumps over the lazy dog', 'def f(x):\n    return x + 1\n', '你好,世界', 'time management',
         'one two three four five six seven eight nine ten']

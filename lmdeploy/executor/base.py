@@ -24,7 +24,7 @@ class Capacity:
     vocab_size: int
     kv_bytes: int = 0
     device: str = 'cpu'
-    choices: dict[str, str] = field(default_factory=dict)  # 'attention' -> 'cpu_paged', 'linear' -> ..., for the start line
+    choices: dict[str, str] = field(default_factory=dict)  # 'attention' -> 'cpu_spans', ..., for the start line
 
 
 class StepHandle(Protocol):
