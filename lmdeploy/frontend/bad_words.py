@@ -24,6 +24,7 @@ class BadWords:
     """
 
     def __init__(self, words: Sequence[str], tokenizer: Decoder, prompt_len: int) -> None:
+        self.texts = tuple(words)  # with prompt_len all that another process needs to build the same
         self.words = [_Word(word.encode(), tokenizer) for word in words]
         self.tokenizer = tokenizer
         self.prompt_len = prompt_len

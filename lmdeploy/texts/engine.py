@@ -53,4 +53,42 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '连续 {count} 个不同提示词的 logits 都不是有限数(NaN 或无穷):权重或设备有问题。'
               '请使用 dtype="bfloat16" 或 "float32",并检查权重。',
     },
+    'LMD-341': {
+        'en': "the request's {what} is Python code of this process, and the engine runs in another. "
+              'Use bad_words, logit_bias or response_format, or serve it with lmdeploy.pipeline.',
+        'zh': '请求的 {what} 是本进程中的 Python 代码,而引擎运行在另一个进程中。'
+              '请使用 bad_words、logit_bias 或 response_format,或改用 lmdeploy.pipeline。',
+    },
+    'LMD-342': {
+        'en': 'the engine is not ready yet ({stage}). Try again in a few seconds.',
+        'zh': '引擎尚未就绪({stage})。请几秒后重试。',
+    },
+    'LMD-343': {
+        'en': 'the engine process ended while the request was served: {cause}. Send the request again.',
+        'zh': '引擎进程在处理请求时结束:{cause}。请重新发送请求。',
+    },
+    'LMD-344': {
+        'en': 'the engine process ended ({cause}) and is started again. Try again in {seconds} s.',
+        'zh': '引擎进程已结束({cause}),正在重新启动。请在 {seconds} 秒后重试。',
+    },
+    'LMD-345': {
+        'en': 'the engine process ended {crashes} times within {seconds:g} s and is not started again; the last time: '
+              '{cause}. See the log, then start the server anew.',
+        'zh': '引擎进程在 {seconds:g} 秒内结束了 {crashes} 次,不再重新启动;最后一次的原因:{cause}。'
+              '请查看日志,然后重新启动服务。',
+    },
+    'LMD-346': {
+        'en': 'the engine process ended {crashes} times while it served this request, which is therefore refused. '
+              'Change the prompt or the parameters, and report it with the log.',
+        'zh': '引擎进程在处理该请求时结束了 {crashes} 次,因此拒绝该请求。请修改提示词或参数,并附上日志报告此问题。',
+    },
+    'LMD-347': {
+        'en': 'the engine sleeps and holds no model. Wake it up first (POST /wakeup).',
+        'zh': '引擎处于休眠状态,未加载模型。请先唤醒它(POST /wakeup)。',
+    },
+    'LMD-349': {
+        'en': 'the engine process ended while it loaded the model: {cause}. The log has the details; a process that was '
+              'killed usually ran out of memory.',
+        'zh': '引擎进程在加载模型时结束:{cause}。详情见日志;被系统终止的进程通常是内存不足。',
+    },
 }
