@@ -14,9 +14,10 @@ from lmdeploy.errors import RequestError
 # JSON as people and models write it: a space, or a line break with its indentation, at the places where white space
 # may be. Unbounded white space would let a small model write spaces for ever. \uXXXX is not written: every character
 # has another form, and a key must not come twice in two spellings.
-JSON_OPTIONS = {'whitespace_pattern': r' |\r?\n[ \t]{0,40}', 'json_allowed_escapes': 'nrbtf\\"', 'lenient': False,
+JSON_OPTIONS = {'whitespace_pattern': r' |\r?\n( {0,40}|\t{0,10})', 'json_allowed_escapes': 'nrbtf\\"', 'lenient': False,
                 'coerce_one_of': False}
-LIMITS = {'max_lexer_states': 50_000, 'verbose_errors': False}  # a state is 1 to 2 KB; the defaults bound the time
+# A lexer state is 1 to 2 KB; 1,000 optional properties are 4,000 items. The defaults bound the time of a step.
+LIMITS = {'max_lexer_states': 50_000, 'max_items_in_row': 5_000, 'verbose_errors': False}
 
 
 def load() -> ModuleType:
@@ -33,7 +34,7 @@ def load() -> ModuleType:
 
 
 def build(vocabulary: Any, kind: str, text: str) -> Any:
-    """An ``LLMatcher`` at the start of a grammar, whose first mask was computed: what is built lazily exists already.
+    """An ``LLMatcher`` at the start of a grammar, of which the first step was tried: what is lazy exists already.
 
     Args:
         vocabulary: an ``LLTokenizer``.
@@ -50,9 +51,7 @@ def build(vocabulary: Any, kind: str, text: str) -> Any:
         else:
             grammar = library.LLMatcher.grammar_from_regex(text)
         matcher = library.LLMatcher(vocabulary, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        reason = matcher.get_error() or '; '.join(matcher.get_grammar_warnings())
+        reason = matcher.get_error() or '; '.join(matcher.get_grammar_warnings()) or _try(matcher)
     except BaseException as error:  # a panic of the library is no Exception
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
@@ -60,6 +59,19 @@ def build(vocabulary: Any, kind: str, text: str) -> Any:
     if reason:
         raise RequestError('LMD-325', reason=first_line(reason))
     return matcher
+
+
+def _try(matcher: Any) -> str:
+    """Why the first step fails; empty if it works. Limits that the first mask exceeds show with its first token."""
+    mask = matcher.compute_bitmask()
+    if not matcher.is_error():
+        byte = next((i for i, byte in enumerate(mask) if byte), None)
+        if byte is None:
+            return 'no text matches it'
+        bit = mask[byte] & -mask[byte]
+        matcher = matcher.deep_copy()
+        matcher.consume_token(8 * byte + bit.bit_length() - 1)
+    return matcher.get_error()
 
 
 def is_panic(error: BaseException) -> bool:

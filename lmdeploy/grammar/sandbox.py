@@ -44,16 +44,16 @@ class Sandbox:
         request = json.dumps([source.kind, source.text]).encode() + b'\n'
         process = self._take()
         try:
-            answer = process.ask(request, SECONDS)
-        except _Gone:
-            process.stop()
-            process = _Process()  # the first may have idled and ended by itself; if a second ends, it is the grammar
             try:
                 answer = process.ask(request, SECONDS)
-            except _Gone as error:
+            except _Ended:
                 process.stop()
-                get_logger().warning('a grammar was refused: the process that compiled it %s', error)
-                raise RequestError('LMD-326', seconds=SECONDS) from error
+                process = _Process()  # the first may have ended by itself, being idle; a second ends by the grammar
+                answer = process.ask(request, SECONDS)
+        except (_Ended, _Late) as error:
+            process.stop()
+            get_logger().warning('a grammar was refused: the process that compiled it %s', error)
+            raise RequestError('LMD-326', seconds=SECONDS) from error
         with self._lock:
             self._idle.append(process)
         reason = json.loads(answer)
@@ -74,8 +74,12 @@ class Sandbox:
         self._finalizer()
 
 
-class _Gone(Exception):
-    """A process ended, or did not answer in time and must be ended."""
+class _Ended(Exception):
+    """A process ended before it answered."""
+
+
+class _Late(Exception):
+    """A process did not answer in time."""
 
 
 class _Process:
@@ -88,7 +92,7 @@ class _Process:
         self._rest = b''
         try:
             self._line(START_SECONDS)
-        except _Gone as error:
+        except (_Ended, _Late) as error:
             self.stop()
             raise RequestError('LMD-325', reason=f'the process that compiles grammars {error}') from error
 
@@ -102,7 +106,7 @@ class _Process:
         try:
             self._child.stdin.write(request)
         except OSError as error:
-            raise _Gone('had ended') from error
+            raise _Ended('had ended') from error
         return self._line(seconds)
 
     def _line(self, seconds: float) -> bytes:
@@ -111,10 +115,10 @@ class _Process:
         pipe = self._child.stdout.fileno()
         while b'\n' not in self._rest:
             if SELECTABLE and not select.select([pipe], [], [], seconds)[0]:
-                raise _Gone(f'took more than {seconds} s')
+                raise _Late(f'took more than {seconds} s')
             data = os.read(pipe, 1 << 16)
             if not data:
-                raise _Gone(f'ended with status {self._child.wait()}')
+                raise _Ended(f'ended with status {self._child.wait()}')
             self._rest += data
         line, _, self._rest = self._rest.partition(b'\n')
         return line

@@ -21,6 +21,14 @@ FORMATS = frozenset({'date-time', 'time', 'date', 'duration', 'email', 'hostname
 ANNOTATIONS = frozenset({'$schema', '$comment', 'title', 'description', 'default', 'examples', 'example', 'deprecated',
                          'readOnly', 'writeOnly', 'discriminator'})
 
+# What the automata's formats leave open: 29 February is in leap years only, there is no year 0, and a leap second is
+# nothing that a parser of dates takes.
+_YEAR = '(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})'
+_LEAP = '([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)'
+_DATE = f'({_YEAR}-(0[13-9]|1[0-2])-[0-9]{{2}}|{_YEAR}-02-([01][0-9]|2[0-8])|{_LEAP}-02-29)'
+_MINUTE = '[0-9]{2}:[0-9]{2}:[0-5]'
+EXACT = {'date': f'^{_DATE}$', 'date-time': f'^{_DATE}[Tt]{_MINUTE}', 'time': f'^{_MINUTE}'}
+
 
 @dataclass(slots=True)
 class _Node:
@@ -76,6 +84,9 @@ class _Checker:
                 raise RequestError('LMD-322', where=f'#{at}', keyword=name)
             result[name] = handler(self, value, f'{at}/{escape(name)}', depth + 1)
         self._relate(node, result, at)
+        exact = EXACT.get(result.get('format', ''))
+        if exact is not None:
+            result['allOf'] = [*result.get('allOf', ()), {'pattern': exact}]
         return result
 
     def _relate(self, node: _Node, schema: dict[str, Any], at: str) -> None:
