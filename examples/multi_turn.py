@@ -5,7 +5,7 @@ import sys
 from lmdeploy import GenerationConfig, TurbomindEngineConfig, pipeline
 
 model = sys.argv[1] if len(sys.argv) > 1 else 'smollm2:135m'
-gen_config = GenerationConfig(max_new_tokens=48, top_k=40, top_p=0.8, temperature=0.6)
+gen_config = GenerationConfig(max_new_tokens=32, top_k=40, top_p=0.8, temperature=0.6)
 pipe = pipeline(model, backend_config=TurbomindEngineConfig(session_len=4096, enable_prefix_caching=True))
 
 # A session remembers what was said.

@@ -1,8 +1,10 @@
-"""Reading the documentation: its pages, their code blocks and links."""
+"""Reading and running the documentation: its pages and their code blocks."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,3 +42,20 @@ def script(page: Path, language: str = 'python') -> str:
         if block.language == language and (language == 'python' or block.marked):
             lines += [''] * (block.line - 1 - len(lines)) + block.text.splitlines()
     return '\n'.join(lines) + '\n' if lines else ''
+
+
+def name(page: Path) -> str:
+    """The page as a test's id."""
+    return str(page.relative_to(ROOT))
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a program prints that runs in a folder of its own, with this checkout's package; it has to succeed."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'LMDEPLOY_LANG': 'en', 'PYTHONIOENCODING': 'utf-8'}
+    out = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
+                         env=environment)
+    assert out.returncode == 0, f'{out.stdout}\n{out.stderr}'
+    return out.stdout
+
+
+ENGLISH = [page for page in pages() if 'zh' not in name(page)]
