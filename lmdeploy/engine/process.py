@@ -200,8 +200,8 @@ def main(build: Callable[[wire.Load, Callable[[str], None]], Engine] = load_engi
     """The program; never returns. The interpreter's own tear-down is left out: there is nothing it could save."""
     status = EXIT_FAILED
     try:
-        _set_up(int(sys.argv[2]))
-        with socket.socket(fileno=int(sys.argv[1])) as sock:
+        _set_up(int(sys.argv[-1]))
+        with socket.socket(fileno=int(sys.argv[-2])) as sock:
             sock.set_inheritable(False)
             status = run(sock, build)
     except wire.WireError as error:

@@ -7,6 +7,7 @@ falls behind gets the tokens of several steps as one delta instead of a longer a
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -115,7 +116,7 @@ class ProcessClient:
         self._error: LmdeployError | None = None  # why no request is served
         self._restarts = 0
         self._retry_at = 0.0
-        self._load_seconds = 0.0
+        self._began, self._load_seconds = 0.0, 0.0
         self._streams: dict[str, _Stream] = {}  # until the engine has told the end
         self._ledger = Ledger()
         self._crash_log, self._suspects = CrashLog(limits), Suspects()
@@ -135,11 +136,11 @@ class ProcessClient:
 
         Raises:
             EngineDead: the engine does not serve now (LMD-342, 344, 345, 347) or is closed (LMD-339).
-            RequestError: LMD-333 (a request of that id is running), LMD-341 (a part of it is Python code), LMD-346 (it
-                has crashed the engine twice).
+            RequestError: LMD-333 (a request of that id is running), LMD-341 and LMD-348 (a part of it is no data),
+                LMD-346 (it has crashed the engine twice).
         """
         self._attach()
-        frame = wire.encode(wire.Submit.of(request))
+        frame = wire.submission(request)
         async with AsyncExitStack() as stack:
             if self._suspects:
                 await self._admit(request, stack)
@@ -262,7 +263,11 @@ class ProcessClient:
         """Abort everything and end the process; safe to call twice and from any thread. Blocks until it has ended."""
         loop = self._loop
         if loop is not None and loop.is_running() and _running_loop() is not loop:
-            asyncio.run_coroutine_threadsafe(self.aclose(), loop).result(3 * self._limits.close)
+            future = asyncio.run_coroutine_threadsafe(self.aclose(), loop)
+            try:
+                future.result(3 * self._limits.close)
+            except concurrent.futures.TimeoutError:  # the loop stands still
+                self._child.kill()
             return
         self._disconnect('closed')
         self._child.stop(self._limits.close)
@@ -315,7 +320,7 @@ class ProcessClient:
 
     async def _serve(self, child: Child) -> str:
         """Load and serve until ``child`` ends or has to be ended; returns why."""
-        began = time.monotonic()
+        self._began = time.monotonic()
         self._failure = None
         self._watch = StepWatch(self._limits, patient=False)
         channel = self._channel = Channel(child.sock, self._receive)
@@ -332,7 +337,7 @@ class ProcessClient:
                 get_logger().critical('the engine hangs: %s; these are its stacks', trouble)
                 child.dump_stacks()
                 await asyncio.sleep(DUMP_SECONDS)
-            elif self._state != 'ready' and time.monotonic() - began > self._limits.load:
+            elif self._state != 'ready' and time.monotonic() - self._began > self._limits.load:
                 trouble = f'the model was not loaded within {self._limits.load:g} s'
         if trouble is None and channel.error is not None and not isinstance(channel.error, OSError):
             trouble = f'it was not understood: {channel.error}'
@@ -342,8 +347,9 @@ class ProcessClient:
         channel.close()
         self._channel = None
         ending = await _end(child, at_once=trouble is not None or self._failure is not None)
-        if self._failure is not None:
-            return self._failure.text() if crashed_ready else str(self._failure)
+        failure = self._failure
+        if failure is not None:
+            return str(failure.params.get('cause', failure))
         return trouble or ending
 
     def _bury(self, cause: str) -> float | None:
@@ -407,6 +413,7 @@ class ProcessClient:
         self.capacity, self.context_len = message.capacity, message.context_len
         self._ledger.update(message.stats)
         self._watch = StepWatch(self._limits, patient=message.capacity.device == 'cpu')
+        self._load_seconds = time.monotonic() - self._began
         self._set('ready')
 
     def _step(self, message: wire.Step) -> None:

@@ -39,10 +39,10 @@ ERRORS: dict[str, type[LmdeployError]] = {
     cls.__name__: cls for cls in (errors.SourceError, errors.ConfigError, errors.LoadError, errors.TemplateError,
                                   errors.RequestError, errors.EngineDead)}
 Scalar = int | float | str | bool | None
-Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 STATS = tuple(field.name for field in fields(EngineStats))
 stats_values = attrgetter(*STATS)
+DTYPES = {name: np.dtype(name) for name in ('<f4', '<f8', '<i4', '<i8')}
 
 
 class WireError(Exception):
@@ -60,7 +60,7 @@ class Array(Struct, array_like=True, frozen=True, gc=False):
     def of(cls, values: Any) -> Array:
         """From a numpy array or a CPU tensor."""
         array = np.asarray(values)
-        return cls(array.dtype.newbyteorder('<').str, list(array.shape), array.tobytes())
+        return cls(array.dtype.str, list(array.shape), array.tobytes())  # type: ignore[arg-type]
 
     def array(self, *, dims: int) -> np.ndarray:
         """A read-only array of ``dims`` dimensions over the received bytes.
@@ -68,7 +68,7 @@ class Array(Struct, array_like=True, frozen=True, gc=False):
         Raises:
             WireError: shape and bytes do not belong together.
         """
-        dtype = np.dtype(self.dtype)
+        dtype = DTYPES[self.dtype]
         if len(self.shape) != dims or math.prod(self.shape) * dtype.itemsize != len(self.data):
             raise WireError(f'an array of shape {self.shape} and type {self.dtype} in {len(self.data)} bytes')
         return np.frombuffer(self.data, dtype).reshape(self.shape) if self.data else np.empty(self.shape, dtype)
@@ -84,7 +84,7 @@ class Error(Struct, array_like=True, frozen=True):
     @classmethod
     def of(cls, error: LmdeployError) -> Error:
         """What is left of ``error`` for another process; parameters of other kinds become text."""
-        name = next(name for name, known in ERRORS.items() if isinstance(error, known))
+        name = next((name for name, known in ERRORS.items() if isinstance(error, known)), 'EngineDead')
         return cls(name, error.code, {key: _plain(value) for key, value in error.params.items()})
 
     def error(self) -> LmdeployError:
@@ -139,7 +139,7 @@ class GrammarSpec(Struct, array_like=True, frozen=True):
 class Submit(Struct, array_like=True, tag='submit', frozen=True):
     """A request. Bad words and the grammar are texts here, and become code again in the engine's process."""
 
-    id: Id
+    id: str
     tokens: list[int]
     params: Sampling  # type: ignore[valid-type]
     salt: bytes
@@ -184,7 +184,7 @@ class Submit(Struct, array_like=True, tag='submit', frozen=True):
 class Abort(Struct, array_like=True, tag='abort', frozen=True, gc=False):
     """End a request."""
 
-    id: Id
+    id: str
 
 
 ToEngine = Load | Submit | Abort
@@ -211,7 +211,7 @@ class Outputs(Struct, array_like=True, frozen=True):
 class Delta(Struct, array_like=True, frozen=True, gc=False):
     """A :class:`~lmdeploy.engine.request.TokenDelta`."""
 
-    id: Id
+    id: str
     tokens: list[int]
     prompt_len: Count
     cached_tokens: Count
@@ -267,13 +267,13 @@ class Failed(Struct, array_like=True, tag='failed', frozen=True):
 class Running(Struct, array_like=True, tag='running', frozen=True):
     """The requests that take part in steps from now on; sent before the first such step."""
 
-    ids: list[Id]
+    ids: list[str]
 
 
 class Ended(Struct, array_like=True, tag='ended', frozen=True):
     """A request that never reached the engine: refused for ``error``, or aborted."""
 
-    id: Id
+    id: str
     error: Error | None
 
 
@@ -348,7 +348,21 @@ def encode(message: ToEngine | ToServer) -> bytearray:
     return frame
 
 
-def to_engine(payload: bytes) -> ToEngine:
+def submission(request: EngineInput) -> bytearray:
+    """The frame of ``request``, read once by the rules of its receiver: a bad one must not cost the connection.
+
+    Raises:
+        RequestError: LMD-341, a part of it is Python code; LMD-348, a part of it is of the wrong type.
+    """
+    try:
+        frame = encode(Submit.of(request))
+        to_engine(memoryview(frame)[HEADER_BYTES:])
+    except (WireError, TypeError, OverflowError, ValueError) as error:
+        raise RequestError('LMD-348', reason=error) from error
+    return frame
+
+
+def to_engine(payload: bytes | memoryview) -> ToEngine:
     """A message of the server.
 
     Raises:
@@ -366,7 +380,7 @@ def to_server(payload: bytes) -> ToServer:
     return _decode(_to_server, payload)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, payload: bytes) -> Any:
+def _decode(decoder: msgspec.msgpack.Decoder, payload: bytes | memoryview) -> Any:
     try:
         return decoder.decode(payload)
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -86,6 +86,10 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'the engine sleeps and holds no model. Wake it up first (POST /wakeup).',
         'zh': '引擎处于休眠状态,未加载模型。请先唤醒它(POST /wakeup)。',
     },
+    'LMD-348': {
+        'en': 'the request cannot be sent to the engine: {reason}. Give its tokens and parameters as plain numbers.',
+        'zh': '无法将请求发送到引擎:{reason}。请以普通数字给出 token 和参数。',
+    },
     'LMD-349': {
         'en': 'the engine process ended while it loaded the model: {cause}. The log has the details; a process that was '
               'killed usually ran out of memory.',
