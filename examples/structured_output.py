@@ -7,7 +7,7 @@ from lmdeploy import GenerationConfig, pipeline
 
 person = {
     'type': 'object',
-    'properties': {'name': {'type': 'string', 'maxLength': 20}, 'age': {'type': 'integer', 'minimum': 0, 'maximum': 150}},
+    'properties': {'name': {'type': 'string', 'maxLength': 20}, 'age': {'type': 'integer', 'minimum': 0}},
     'required': ['name', 'age'],
     'additionalProperties': False,
 }

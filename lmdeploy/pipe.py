@@ -47,7 +47,7 @@ class Pipeline:
         self._loop = LoopThread()
         self._sessions = itertools.count(1)
         self._running: dict[int, asyncio.Task] = {}
-        self._release = weakref.finalize(self, _release, self._loop, stop)  # runs at exit too
+        self._release = weakref.finalize(self, _release, self._loop, stop, frontend.grammars.close)  # at exit too
 
     @property
     def tokenizer(self) -> Any:
@@ -239,9 +239,10 @@ class Pipeline:
         return [await self.frontend.cross_entropy(ids) for ids in sequences]
 
 
-def _release(loop: LoopThread, stop: Callable[[], None]) -> None:
+def _release(loop: LoopThread, *stops: Callable[[], None]) -> None:
     loop.close()
-    stop()
+    for stop in stops:
+        stop()
 
 
 def _refuse_adapter(adapter_name: str | None) -> None:

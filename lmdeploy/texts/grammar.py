@@ -32,8 +32,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': 'response_format 的语法过于复杂:编译超过 {seconds} 秒或占用内存过多。请简化它。',
     },
     'LMD-327': {
-        'en': 'response_format needs the package llguidance, which is not installed. Run: pip install "lmdeploy[serve]".',
-        'zh': 'response_format 需要 llguidance 包,但尚未安装。请运行:pip install "lmdeploy[serve]"。',
+        'en': 'response_format needs the package llguidance (of the extra "serve"), which is not installed. '
+              'Run: pip install llguidance.',
+        'zh': 'response_format 需要 llguidance 包(属于扩展 "serve"),但尚未安装。请运行:pip install llguidance。',
     },
     'LMD-328': {
         'en': 'response_format cannot be combined with ignore_eos, nor used with a model without an end token: a complete '

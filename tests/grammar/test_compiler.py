@@ -244,7 +244,7 @@ except Exception as error:
 """
     out = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
     assert out.stdout.startswith('LMD-327'), out.stderr
-    assert 'lmdeploy[serve]' in out.stdout
+    assert 'llguidance (of the extra "serve")' in out.stdout
 
 
 def test_nothing_loads_the_package_before_the_first_grammar():
