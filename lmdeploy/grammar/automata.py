@@ -14,8 +14,8 @@ from lmdeploy.errors import RequestError
 # JSON as people and models write it: a space, or a line break with its indentation, at the places where white space
 # may be. Unbounded white space would let a small model write spaces for ever. \uXXXX is not written: every character
 # has another form, and a key must not come twice in two spellings.
-JSON_OPTIONS = {'whitespace_pattern': r' |\r?\n( {0,40}|\t{0,10})', 'json_allowed_escapes': 'nrbtf\\"', 'lenient': False,
-                'coerce_one_of': False}
+JSON_OPTIONS = {'whitespace_pattern': r' |\r?\n( {0,40}|\t{0,10})', 'json_allowed_escapes': 'nrbtf\\"',
+                'lenient': False, 'coerce_one_of': False}
 # A lexer state is 1 to 2 KB; 1,000 optional properties are 4,000 items. The defaults bound the time of a step.
 LIMITS = {'max_lexer_states': 50_000, 'max_items_in_row': 5_000, 'verbose_errors': False}
 
