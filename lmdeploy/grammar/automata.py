@@ -12,8 +12,8 @@ from typing import Any
 from lmdeploy.errors import RequestError
 
 # JSON as people and models write it: a space, or a line break with its indentation, at the places where white space
-# may be. Unbounded white space would let a small model write spaces for ever. \uXXXX is not written: every character
-# has another form, and a key must not come twice in two spellings.
+# may be. Unbounded white space would let a small model write spaces for ever. In free strings no \uXXXX is written:
+# it is needed for control characters only, and a key must not come twice in two spellings.
 JSON_OPTIONS = {'whitespace_pattern': r' |\r?\n( {0,40}|\t{0,10})', 'json_allowed_escapes': 'nrbtf\\"',
                 'lenient': False, 'coerce_one_of': False}
 # A lexer state is 1 to 2 KB; 1,000 optional properties are 4,000 items. The defaults bound the time of a step.
