@@ -23,6 +23,7 @@ class CausalLM(Protocol):
 
     spec: DecoderSpec
     config: ModelConfig
+    build: Build
     kv_shape: KVShape
 
     @property

@@ -18,10 +18,10 @@ from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import open_checkpoint
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = 'cpu', **options: Any) -> CausalLM:
     """Our model of ``folder``; every tensor of the checkpoint must be used."""
     with open_checkpoint(folder) as checkpoint:
-        model = build_model(ModelConfig.from_dict(checkpoint.config, **options), Build(dtype))
+        model = build_model(ModelConfig.from_dict(checkpoint.config, **options), Build(dtype, torch.device(device)))
         model.load(checkpoint.prefix())
         checkpoint.finish(model.ignore)
     return model
@@ -46,7 +46,8 @@ class Driver:
     free: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kv = KVCache(self.model.kv_shape, self.num_blocks, self.block_size, self.dtype)
+        self.device = self.model.build.device
+        self.kv = KVCache(self.model.kv_shape, self.num_blocks, self.block_size, self.dtype, self.device)
         self.free = self.free or list(range(1, self.num_blocks + 1))
 
     def row(self) -> Row:
@@ -66,12 +67,15 @@ class Driver:
             start.append(start[-1] + len(ids))
             lens.append(row.done)
         width = max(len(row.blocks) for row, _ in work)
-        table = torch.tensor([row.blocks + [0] * (width - len(row.blocks)) for row, _ in work], dtype=torch.int32)
+        table = [row.blocks + [0] * (width - len(row.blocks)) for row, _ in work]
         pad = [0] * padding
+
+        def put(values: list, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
         return ForwardBatch(
-            torch.tensor(tokens + pad, dtype=torch.int32), torch.tensor(positions + pad, dtype=torch.int32),
-            torch.tensor(slots + pad), torch.tensor(start, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32),
-            table, torch.arange(len(tokens)), max(len(ids) for _, ids in work), max(lens), start, lens,
+            put(tokens + pad), put(positions + pad), put(slots + pad, torch.int64), put(start), put(lens), put(table),
+            put(list(range(len(tokens))), torch.int64), max(len(ids) for _, ids in work), max(lens), start, lens,
         )  # fmt: skip
 
     def step(self, work: Sequence[tuple[Row, Sequence[int]]], padding: int = 0) -> list[Tensor]:

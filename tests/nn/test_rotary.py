@@ -31,7 +31,8 @@ TYPES = {
 @pytest.mark.parametrize('name', TYPES)
 def test_angles_equal_transformers(name, theta):
     scaling = TYPES[name]
-    ours = Rotary(ModelConfig.from_dict(BASE | {'rope_theta': theta, 'rope_scaling': scaling}).rope, torch.device('cpu'))
+    config = ModelConfig.from_dict(BASE | {'rope_theta': theta, 'rope_scaling': scaling})
+    ours = Rotary(config.rope, torch.device('cpu'))
     theirs = LlamaRotaryEmbedding(LlamaConfig(
         hidden_size=256, num_attention_heads=4, max_position_embeddings=1024,
         rope_parameters=scaling | {'rope_theta': theta}))  # fmt: skip

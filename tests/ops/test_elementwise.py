@@ -1,4 +1,4 @@
-"""Norms, rope and activations: each implementation against its reference, and rows that do not know their neighbours."""
+"""Norms, rope and activations: each implementation against its reference; rows do not know their neighbours."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.tolerance import tolerance
 
 CPU = torch.device('cpu')
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if features.packed_linear(dtype)]
-SHAPES = [(1, 1), (7, 5), (48, 80), (64, 161), (100, 48), (896, 130), (1536, 64), (4864, 96), (33, 1000)]
+SHAPES = [(7, 5), (1, 2), (48, 80), (64, 161), (100, 48), (896, 130), (1536, 64), (4864, 96), (33, 1000)]
 ROWS = 150
 
 
@@ -32,7 +32,10 @@ def case(dtype=torch.float32, scheme=None) -> KernelCase:
     return KernelCase(scheme or dense_scheme(32), dtype, CPU)
 
 
-def row_groups():
+def row_groups(dtype) -> list[tuple[int, int]]:
+    """Ranges of rows whose products must have the bits that they have among all rows."""
+    if not features.stable_rows(dtype):
+        return []
     return [(a, a + n) for n in (1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64, 100) for a in (0, 3, ROWS - n)]
 
 
@@ -46,13 +49,13 @@ def test_packed_dense_is_the_product_and_keeps_bits(dtype, shape, bias):
     found = kernel.apply(x, packed)
     wanted = F.linear(x.double(), bundle.weight.double(), bundle.bias.double() if bias else None)
     torch.testing.assert_close(found.double(), wanted, **tolerance(dtype, length=shape[0]))
-    for a, b in row_groups():
+    for a, b in row_groups(dtype):
         assert torch.equal(kernel.apply(x[a:b], packed), found[a:b]), (a, b)
     assert kernel.apply(x[:0], packed).shape == (0, shape[1])
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', SHAPES[1:])
+@pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('activation', ['silu', 'gelu_tanh'])
 def test_packed_gated_equals_merged_and_keeps_bits(dtype, shape, activation):
     gate, up = (layer(shape[1], shape[0], dtype, seed=seed) for seed in (1, 2))
@@ -62,7 +65,7 @@ def test_packed_gated_equals_merged_and_keeps_bits(dtype, shape, activation):
     found = fast.apply(x, packed, activation)
     wanted = plain.apply(x, plain.pack(gate, up, case(dtype)), activation)
     torch.testing.assert_close(found, wanted, **tolerance(dtype, float(wanted.abs().max()), shape[0]))
-    for a, b in row_groups():
+    for a, b in row_groups(dtype):
         assert torch.equal(fast.apply(x[a:b], packed, activation), found[a:b]), (a, b)
 
 
@@ -76,7 +79,8 @@ def test_choice():
 
 
 def test_no_kernel_is_an_error_with_all_reasons():
-    with pytest.raises(ConfigError, match='LMD-118.*onednn_packed: needs a dense weight; torch: needs a dense') as caught:
+    reasons = 'LMD-118.*onednn_packed: needs a dense weight; torch: needs a dense'
+    with pytest.raises(ConfigError, match=reasons) as caught:
         choose_kernel(case(scheme=QuantScheme('Q4_K', 4, 32)))
     assert 'Q4_K' in caught.value.text('zh')
 

@@ -11,8 +11,7 @@ import torch
 @functools.cache
 def native_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16, AMX, or Arm's BF16 extension)."""
-    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-    if any(getattr(torch.cpu, check, lambda: False)() for check in checks):
+    if _has('_is_avx512_bf16_supported') or _has('_is_amx_tile_supported'):
         return True
     return platform.machine().lower() in ('aarch64', 'arm64') and _arm_bf16()
 
@@ -27,9 +26,25 @@ def packed_linear(dtype: torch.dtype) -> bool:
     return dtype is torch.float32
 
 
+@functools.cache
+def stable_rows(dtype: torch.dtype) -> bool:
+    """Whether a row of a packed product has the same bits in any batch.
+
+    Float32 rows have. Bfloat16 rows have where AVX512-BF16 multiplies them; AMX splits its sums by the batch.
+    """
+    if dtype is torch.bfloat16:
+        return packed_linear(dtype) and not _has('_is_amx_tile_supported') and _has('_is_avx512_bf16_supported')
+    return packed_linear(dtype)
+
+
 def auto_dtype() -> torch.dtype:
     """What ``dtype='auto'`` means on the CPU."""
     return torch.bfloat16 if native_bf16() else torch.float32
+
+
+def _has(check: str) -> bool:
+    """The answer of one of torch's tests of the processor; builds for other architectures lack some."""
+    return getattr(torch.cpu, check, bool)()
 
 
 def _arm_bf16() -> bool:

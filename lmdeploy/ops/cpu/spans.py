@@ -21,7 +21,7 @@ SPAN = 256  # the longest inner dimension over which the batched product sums in
 WIDTHS = (64, 128, 256)  # inner dimensions that give the same bits if what they leave out is zero
 OCTET = 8
 TILES = (1, 16, 64)  # tile sizes
-ROWS = 8  # products are bit-stable for multiples of so many rows
+ROWS = 8  # products of as many rows as a multiple of this are bit-stable; heads above 128 channels need twice that
 NEVER = np.float32(-1e30)  # the score of a hidden key: exp(NEVER - any other) is exactly 0, and nothing becomes NaN
 BATCH_FLOATS = 1 << 18  # floats of scores, or of keys, that are worked on at a time: they stay in a second-level cache
 
@@ -68,7 +68,8 @@ class Chunk:
     Attributes:
         size: queries per tile.
         count: tiles.
-        rows: query rows of one key head in one tile: size times the group of heads, padded to a multiple of ROWS.
+        rows: query rows of one key head in one tile: size times the group of heads, padded to a multiple of
+            ``row_step``.
         queries: ``[count * size] int64`` tokens of the tiles, any where a tile is not full; None: the
             first tokens of the step, in order.
         filled: ``[n] int64`` places in ``queries`` that hold a token; None: all.
@@ -108,7 +109,8 @@ def build_chunks(query_start: list[int], kv_lens: list[int], block_table: Tensor
         high = (tiles.position + tiles.count - 1) // SPAN + 1
         order = np.argsort(high, kind='stable')
         tiles, low, high = tiles.take(order), low[order], high[order]
-        rows = -(-size * (shape.heads // shape.kv_heads) // ROWS) * ROWS
+        step = row_step(shape.head_dim)
+        rows = -(-size * (shape.heads // shape.kv_heads) // step) * step
         cost = shape.kv_heads * SPAN * max(rows, shape.head_dim)
         start = 0
         while start < len(order):
@@ -120,6 +122,11 @@ def build_chunks(query_start: list[int], kv_lens: list[int], block_table: Tensor
             chunks.append(_chunk(size, rows, tiles.take(part), low[part], high[part], table, shape, window))
             start = stop
     return chunks
+
+
+def row_step(head_dim: int) -> int:
+    """The row count of which products over ``head_dim`` channels want a multiple."""
+    return ROWS if head_dim <= 128 else 2 * ROWS
 
 
 def _cut(query_start: list[int], kv_lens: list[int]) -> list[tuple[int, _Tiles]]:
