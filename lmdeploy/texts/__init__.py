@@ -11,7 +11,7 @@ from importlib import import_module
 
 LANGUAGES = ('en', 'zh')
 AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
-         'cli')
+         'cli', 'server')
 _table: dict[str, dict[str, str]] = {}
 
 

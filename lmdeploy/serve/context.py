@@ -1,0 +1,159 @@
+"""ServerContext: everything that the routes of one server share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from lmdeploy.engine.metrics import EngineStats
+from lmdeploy.frontend.frontend import AsyncFrontend
+from lmdeploy.serve.admission import Admission
+from lmdeploy.serve.audit import AuditLog
+from lmdeploy.serve.auth import KeyRing
+from lmdeploy.serve.deadline import Deadline
+from lmdeploy.serve.errors import HttpError
+from lmdeploy.serve.limits import Limits
+from lmdeploy.serve.metrics import ServerMetrics
+from lmdeploy.serve.middleware import Cors
+from lmdeploy.serve.parsers import ParserNames, for_template
+
+State = Literal['loading', 'ready', 'restarting', 'failed', 'sleeping', 'closed']
+PREPARE_THREADS = 2  # templates hold the interpreter's lock, tokenizers do not
+
+
+class Health(Protocol):
+    """How the engine is."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    @property
+    def last_step_age(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """A :class:`Health` that is made here."""
+
+    state: State
+    reason: str = ''
+    restarts: int = 0
+    last_step_age: float = 0.0
+
+
+class Engine(Protocol):
+    """The engine as the server sees it, from before it is loaded until it is closed."""
+
+    @property
+    def frontend(self) -> AsyncFrontend | None:
+        """Serves requests; None until the model is loaded."""
+
+    def health(self) -> Health: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine that is ready from the beginning."""
+
+    frontend: AsyncFrontend
+
+    def health(self) -> Health:
+        return HealthReport('ready')
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A request that the engine works on, as far as others may ask for its end."""
+
+    caller: str
+    request_id: str
+    session_id: int
+    abort: Callable[[], None]
+
+
+@dataclass(slots=True)
+class ServerContext:
+    """One server's state. Only its event loop's thread changes it.
+
+    Args:
+        model_names: the names that requests may give as ``model``; the first is the canonical one.
+        engine: loading or loaded.
+        tool_parser, reasoning_parser: by name; None: that which the model's template calls for; ``'none'``: none.
+        check_host: refuse Host headers that are not loopback names.
+        public_metrics: ``/metrics`` without a key.
+        docs: serve ``/docs`` and ``/openapi.json``.
+        share_prefix_cache: let the requests of different keys share cached prefixes.
+        created: Unix time that ``/v1/models`` tells.
+    """
+
+    model_names: tuple[str, ...]
+    engine: Engine
+    keys: KeyRing = field(default_factory=KeyRing)
+    limits: Limits = field(default_factory=Limits)
+    cors: Cors = field(default_factory=Cors)
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    check_host: bool = False
+    public_metrics: bool = False
+    docs: bool = True
+    share_prefix_cache: bool = False
+    max_concurrent_requests: int = 0
+    audit: AuditLog | None = None
+    created: int = 0
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    draining: bool = False
+    running: list[Running] = field(default_factory=list)
+    deadlines: set[Deadline] = field(default_factory=set)
+    admission: Admission = field(init=False)
+    pool: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.limits, most=self.max_concurrent_requests)
+        self.pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix='lmdeploy-prepare')
+
+    def frontend(self) -> AsyncFrontend:
+        """The way to the engine.
+
+        Raises:
+            HttpError: LMD-518 it is loading, LMD-519 it failed, LMD-520 the server is shutting down.
+        """
+        if self.draining:
+            raise HttpError('LMD-520', retry_after=5)
+        health, frontend = self.engine.health(), self.engine.frontend
+        if health.state == 'loading' or (health.state == 'ready' and frontend is None):
+            raise HttpError('LMD-518', retry_after=5)
+        if health.state != 'ready' or frontend is None:
+            raise HttpError('LMD-519', reason=f'it is {health.state}', state=health.state, retry_after=5)
+        self.admission.batch = frontend.capacity.max_batch_size
+        return frontend
+
+    def frontend_loaded(self) -> AsyncFrontend:
+        """The way to the engine for what has begun already: it may be finished while the server drains."""
+        frontend = self.engine.frontend
+        assert frontend is not None, 'nothing runs before the engine is loaded'
+        return frontend
+
+    def parser_names(self, frontend: AsyncFrontend) -> ParserNames:
+        """The parsers for this model's answers."""
+        template = frontend.template
+        found = for_template(template.name, frontend.tokenizer.chat_template if template.name == 'hf' else None)
+        names = (self.tool_parser or found.tools, self.reasoning_parser or found.reasoning)
+        return ParserNames(*(None if name == 'none' else name for name in names))
+
+    def stats(self) -> EngineStats | None:
+        """The engine's counters; None until it is loaded."""
+        frontend = self.engine.frontend
+        return None if frontend is None else frontend.client.stats()
+
+    def check_model(self, name: str) -> None:
+        """Raises: HttpError LMD-514, the name is not served."""
+        if name not in self.model_names:
+            raise HttpError('LMD-514', model=name[:200], served=', '.join(self.model_names)[:1000], param='model')

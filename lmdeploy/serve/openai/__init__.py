@@ -1,0 +1,1 @@
+"""The interfaces of OpenAI and LMDeploy over HTTP."""

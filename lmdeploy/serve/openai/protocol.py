@@ -1,0 +1,310 @@
+"""Bodies of requests, as types: strict, finite, and with one rule for every field.
+
+A field either acts, or is refused by :func:`read` where it asks for what this version cannot do, or is unknown: then it
+is left out, with one line in the log. Sizes are checked against :class:`lmdeploy.serve.limits.Limits` by
+:mod:`lmdeploy.serve.openai.convert`; ranges of numbers stand here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmdeploy.log import get_logger
+from lmdeploy.serve.errors import HttpError
+
+SEED = 1 << 63
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Body(BaseModel):
+    """A JSON object of a request."""
+
+    model_config = ConfigDict(strict=True, extra='allow', allow_inf_nan=False, hide_input_in_errors=True,
+                              protected_namespaces=())
+
+
+class Message(Body):
+    """One message of a conversation. Its further keys reach the chat template."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class Function(Body):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal['function'] = 'function'
+    function: Function
+
+
+class FunctionName(Body):
+    name: str = Field(min_length=1, max_length=256)
+
+
+class NamedTool(Body):
+    type: Literal['function'] = 'function'
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal['auto', 'required'] = 'auto'
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(Body):
+    type: Literal['allowed_tools']
+    allowed_tools: AllowedTools
+
+
+class Sampling(Body):
+    """What all generating requests share. The defaults are LMDeploy's."""
+
+    model: str
+    temperature: float | None = Field(0.7, ge=0, le=2)
+    top_p: Probability | None = 1.0
+    top_k: int | None = Field(40, ge=0, description='0 is off')
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    n: int | None = Field(1, ge=1)
+    seed: int | None = Field(None, ge=-SEED, lt=2 * SEED)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Token] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    min_new_tokens: int | None = Field(None, ge=0)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+    include_stop_str_in_output: bool | None = False
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool | None = False
+    session_id: int | None = Field(-1, ge=-1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class ChatRequest(Sampling):
+    """``POST /v1/chat/completions``. ``messages`` as a text is a raw prompt, without chat template."""
+
+    messages: str | list[Message] = Field(default_factory=list)
+    input_ids: list[Token] | None = Field(None, description='the prompt as tokens, in place of messages')
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal['auto', 'none', 'required'] | NamedTool | AllowedToolsChoice | None = None
+    parallel_tool_calls: bool | None = True
+    enable_thinking: bool | None = None
+    reasoning_effort: Literal['none', 'minimal', 'low', 'medium', 'high', 'max'] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(Sampling):
+    """``POST /v1/completions``: raw prompts, without chat template; one choice per prompt and answer."""
+
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0)
+    echo: bool | None = False
+
+
+class GenerateRequest(Body):
+    """``POST /generate``: one prompt as text or tokens, one answer with its tokens."""
+
+    prompt: str | None = None
+    input_ids: list[Token] | None = None
+    max_tokens: int | None = Field(128, ge=1)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Token] | None = None
+    stream: bool | None = False
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: Probability | None = 1.0
+    top_k: int | None = Field(0, ge=0)
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-SEED, lt=2 * SEED)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    min_new_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+    include_stop_str_in_output: bool | None = False
+    return_logprob: bool | None = False
+    top_logprobs_num: int | None = Field(None, ge=0)
+    session_id: int | None = Field(-1, ge=-1)
+
+
+class InteractiveRequest(Body):
+    """``POST /v1/chat/interactive``: with ``interactive_mode`` the server remembers the conversation."""
+
+    prompt: str | list[Message] = ''
+    session_id: int = Field(-1, ge=-1)
+    interactive_mode: bool = False
+    stream: bool = False
+    stop: str | list[str] | None = None
+    request_output_len: int | None = Field(None, ge=0)
+    top_p: Probability = 0.8
+    top_k: int = Field(40, ge=0)
+    temperature: float = Field(0.8, ge=0, le=2)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    ignore_eos: bool = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+    cancel: bool | None = False
+    seed: int | None = Field(None, ge=-SEED, lt=2 * SEED)
+    min_new_tokens: int | None = Field(None, ge=0)
+
+
+class EncodeRequest(Body):
+    """``POST /v1/encode``: texts to tokens; ``do_preprocess`` puts each into the chat template as a user's turn."""
+
+    model: str | None = None
+    input: str | list[str]
+    do_preprocess: bool | None = False
+    add_bos: bool | None = True
+
+
+class TokenizeRequest(Body):
+    """``POST /tokenize``: a text, or a conversation as the chat template renders it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = True
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[Token]
+    skip_special_tokens: bool | None = False
+
+
+class EmbeddingRequest(Body):
+    """``POST /v1/embeddings``: the hidden state of each input's last token, at unit length."""
+
+    model: str
+    input: str | list[str] | list[Token] | list[list[Token]]
+    encoding_format: Literal['float', 'base64'] | None = 'float'
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+
+
+class AbortRequest(Body):
+    """``POST /abort_request``: end running requests of one's own; ``abort_all`` needs an admin key for all of them."""
+
+    session_id: int | None = Field(None, ge=0)
+    request_id: str | None = None
+    abort_all: bool | None = False
+
+
+ELSEWHERE = 'this version does not have it'
+IMAGES = 'the model reads text only'
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    'suffix': ((), 'filling in between two texts is not possible here'),
+    'best_of': ((1,), 'ask for n answers and choose yourself'),
+    'functions': (([],), 'use tools'),
+    'function_call': ((), 'use tool_choice'),
+    'modalities': ((['text'],), 'answers are text'),
+    'audio': ((), 'answers are text'),
+    'store': ((False,), 'nothing is stored'),
+    'service_tier': (('auto', 'default'), 'there is one tier'),
+    'web_search_options': ((), ELSEWHERE),
+    'prompt_logprobs': ((), 'use logprobs for the answer'),
+    'logprob_start_len': ((-1,), 'only the answer has log-probabilities'),
+    'return_logprob': ((False,), 'use logprobs and top_logprobs'),
+    'return_routed_experts': ((False,), ELSEWHERE),
+    'repetition_ngram_size': ((0,), ELSEWHERE),
+    'repetition_ngram_threshold': ((0,), ELSEWHERE),
+    'migration_request': ((), ELSEWHERE),
+    'with_cache': ((False,), ELSEWHERE),
+    'preserve_cache': ((False,), ELSEWHERE),
+    'adapter_name': ((), ELSEWHERE),
+    'image_url': ((), IMAGES),
+    'image_data': ((), IMAGES),
+    'media_io_kwargs': (({},), IMAGES),
+    'mm_processor_kwargs': (({},), IMAGES),
+    'guided_json': ((), 'use response_format'),
+    'guided_regex': ((), 'use response_format'),
+    'guided_choice': ((), 'use response_format'),
+    'guided_grammar': ((), 'use response_format'),
+}
+"""Known fields that this version does not have: the values that ask for nothing (None always does), and the reason."""
+NO_EFFECT = frozenset({'metadata', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'verbosity',
+                       'prediction'})
+"""Known fields that are wishes or labels, and change no answer."""
+
+T = TypeVar('T', bound=Body)
+
+
+def read(kind: type[T], value: Any) -> tuple[T, int]:
+    """The body as ``kind``, and how many of its fields were unknown.
+
+    Raises:
+        HttpError: LMD-512 names the first fields that are wrong; LMD-513, a field that this version does not have.
+    """
+    if not isinstance(value, dict):
+        raise HttpError('LMD-512', param='body', reason=f'it must be a JSON object, not {_kind(value)}')
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    unknown = []
+    for name, given in (body.model_extra or {}).items():
+        harmless, reason = REFUSED.get(name, ((), ''))
+        if reason and given is not None and given not in harmless:
+            raise HttpError('LMD-513', param=name, reason=reason)
+        if not reason and name not in NO_EFFECT:
+            unknown.append(name)
+    if unknown:
+        get_logger().info('%s: unknown fields are left out: %s', kind.__name__, ', '.join(map(repr, unknown))[:200])
+    return body, len(unknown)
+
+
+def _kind(value: Any) -> str:
+    return {list: 'a list', str: 'a text', bool: 'true or false', type(None): 'null'}.get(type(value), 'a number')
+
+
+def _refusal(error: ValidationError) -> HttpError:
+    """One error for all wrong fields: of the alternatives of a union, the one that came furthest."""
+    furthest: dict[str, tuple[int, str]] = {}
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        place = [str(part) for part in problem['loc'] if not _is_tag(part)]
+        field = place[0] if place else 'body'
+        if field not in furthest or len(place) > furthest[field][0]:
+            furthest[field] = (len(place), f'{".".join(place) or "body"}: {problem["msg"]}')
+    field, (_, first) = next(iter(furthest.items()))
+    reasons = [first.partition(': ')[2], *(text for _, text in list(furthest.values())[1:10])]
+    return HttpError('LMD-512', param=first.partition(': ')[0][:200], reason='; '.join(reasons)[:1000])
+
+
+def _is_tag(part: int | str) -> bool:
+    """Whether a part of an error's place names a type of a union, not a field."""
+    return isinstance(part, str) and (part in ('str', 'int', 'float', 'bool') or part[:1].isupper() or '[' in part
+                                      or '-' in part)
