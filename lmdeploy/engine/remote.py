@@ -1,7 +1,9 @@
 """ProcessClient: the engine in a process of its own, started again when it crashes.
 
 Everything happens in one event loop: that of the first call. Reading and writing never block it, and a consumer that
-falls behind gets the tokens of several steps as one delta instead of a longer and longer queue.
+falls behind gets the tokens of several steps as one delta instead of a longer and longer queue. Its parts are
+``wire`` (messages), ``channel`` (frames in a loop), ``streams`` (requests), ``supervisor`` (the process), ``suspects``
+and ``ledger``; at the other end are ``process`` and ``serving``.
 """
 
 from __future__ import annotations
@@ -9,10 +11,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +22,16 @@ from lmdeploy.engine.channel import Channel
 from lmdeploy.engine.ledger import Ledger
 from lmdeploy.engine.metrics import EngineStats
 from lmdeploy.engine.request import EngineInput, Finish, TokenDelta
-from lmdeploy.engine.supervisor import PROGRAM, Child, CrashLog, Limits, StepWatch, Suspects
-from lmdeploy.errors import EngineDead, LmdeployError, RequestError
+from lmdeploy.engine.streams import Streams
+from lmdeploy.engine.supervisor import PROGRAM, Child, CrashLog, Limits, StepWatch
+from lmdeploy.engine.suspects import Suspects
+from lmdeploy.errors import EngineDead, LmdeployError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.log import get_logger
 
 TICK_SECONDS = 1.0  # between two looks at a running engine
-AUTOPSY_SECONDS = 0.5  # for a process that has closed its socket to end, and to be heard
+AUTOPSY_SECONDS = 0.4  # for a process that has closed its socket, or was killed, to end and to be heard
 DUMP_SECONDS = 0.5  # for a hanging process to write its stacks
-MOST_CRASHES = 2  # of a request
 LIMITS = Limits()
 
 State = Literal['loading', 'ready', 'restarting', 'failed', 'sleeping', 'closed']
@@ -53,40 +54,6 @@ class Health:
     restarts: int
     last_step_age: float
     retry_after: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """A request that has not ended, and what its consumer has not read."""
-
-    request: EngineInput
-    loop: asyncio.AbstractEventLoop
-    deltas: deque[TokenDelta] = field(default_factory=deque)
-    waiter: asyncio.Future[None] | None = None
-    running: bool = False  # it was in a step
-    closed: bool = False  # nobody reads any more
-
-    def push(self, delta: TokenDelta) -> None:
-        if self.closed:
-            return
-        last = self.deltas[-1] if self.deltas else None
-        if last is not None and _plain(last) and _plain(delta):
-            last.tokens += delta.tokens
-            last.finish = delta.finish
-        else:
-            self.deltas.append(delta)
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    async def next(self) -> TokenDelta:
-        while not self.deltas:
-            self.waiter = self.loop.create_future()
-            await self.waiter
-        return self.deltas.popleft()
-
-
-def _plain(delta: TokenDelta) -> bool:
-    return delta.logprobs is None and delta.logits is None and delta.hidden is None
 
 
 class ProcessClient:
@@ -117,10 +84,9 @@ class ProcessClient:
         self._restarts = 0
         self._retry_at = 0.0
         self._began, self._load_seconds = 0.0, 0.0
-        self._streams: dict[str, _Stream] = {}  # until the engine has told the end
+        self._streams = Streams()
         self._ledger = Ledger()
         self._crash_log, self._suspects = CrashLog(limits), Suspects()
-        self._alone = asyncio.Lock()  # held by the one suspect that is served
         self._watch = StepWatch(limits, patient=False)
         self._failure: LmdeployError | None = None  # the engine's own last word
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,18 +105,15 @@ class ProcessClient:
             RequestError: LMD-333 (a request of that id is running), LMD-341 and LMD-348 (a part of it is no data),
                 LMD-346 (it has crashed the engine twice).
         """
-        self._attach()
+        loop = self._attach()
         frame = wire.submission(request)
-        async with AsyncExitStack() as stack:
-            if self._suspects:
-                await self._admit(request, stack)
+        trial = await self._suspects.admit(request)
+        try:
             if self._channel is not None:
                 await self._channel.room()
             self._refuse()
-            if request.id in self._streams:
-                raise RequestError('LMD-333', id=request.id)
-            assert self._channel is not None and self._loop is not None
-            stream = self._streams[request.id] = _Stream(request, self._loop)
+            assert self._channel is not None
+            stream = self._streams.open(request, loop, trial)
             self._watch.work(True)
             self._channel.send(frame)
             ended = False
@@ -163,15 +126,9 @@ class ProcessClient:
                 if not ended:
                     stream.closed = True
                     self.abort(request.id)
-
-    async def _admit(self, request: EngineInput, stack: AsyncExitStack) -> None:
-        """Refuse what crashed the engine twice; serve what was there at one crash beside no other such request."""
-        crashes = self._suspects.crashes(request)
-        if crashes:
-            await stack.enter_async_context(self._alone)
-            crashes = self._suspects.crashes(request)  # meanwhile it may have crashed again, or ended well
-        if crashes >= MOST_CRASHES:
-            raise RequestError('LMD-346', crashes=crashes)
+        finally:
+            if trial is not None:
+                trial.close()
 
     def _refuse(self) -> None:
         """Raise why the engine does not serve, if so."""
@@ -284,18 +241,20 @@ class ProcessClient:
             self._channel.close()
             self._channel = None
             self._ledger.crashed(len(self._streams), cancelled=True)
-        self._end_streams(Finish('abort'))
+        self._streams.end_all(Finish('abort'))
+        self._watch.work(False)
 
     # -- the process ---------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        """Begin to watch the process, in the loop of the first call."""
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        """Begin to watch the process, in the loop of the first call; returns the loop."""
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
             self._start()
         elif self._loop is not loop:
             raise RuntimeError('a ProcessClient belongs to the event loop that used it first')
+        return loop
 
     def _start(self) -> None:
         if self._state != 'closed':
@@ -356,11 +315,11 @@ class ProcessClient:
         """After the end of a child: end its requests, and decide; returns the seconds until the next one is started."""
         get_logger().critical('the engine process ended: %s', cause)
         first = self._state == 'loading'
-        for stream in self._streams.values():
-            if stream.running:
-                self._suspects.accuse(stream.request)
         self._ledger.crashed(len(self._streams))
-        self._end_streams(Finish('error', error=EngineDead('LMD-343', cause=cause)))
+        for stream in self._streams.end_all(Finish('error', error=EngineDead('LMD-343', cause=cause))):
+            if stream.running:
+                self._suspects.accuse(stream.request, stream.generated)
+        self._watch.work(False)
         if first:
             self._error = self._failure or EngineDead('LMD-349', cause=cause)
         elif not self._restart:
@@ -376,12 +335,6 @@ class ProcessClient:
         self._set('failed', self._error.text())
         return None
 
-    def _end_streams(self, finish: Finish) -> None:
-        for stream in self._streams.values():
-            stream.push(TokenDelta(stream.request.id, [], finish))
-        self._streams.clear()
-        self._watch.work(False)
-
     # -- messages ------------------------------------------------------------------------------------------------
 
     def _receive(self, payload: bytes) -> None:
@@ -389,13 +342,12 @@ class ProcessClient:
         if isinstance(message, wire.Step):
             self._step(message)
         elif isinstance(message, wire.Running):
-            for name in message.ids:
-                self._stream(name).running = True
+            self._streams.run(message.ids)
         elif isinstance(message, wire.Ended):
             error = None if message.error is None else message.error.error()
             self._ledger.ended(refused=error is not None)
             finish = Finish('abort') if error is None else Finish('error', error=error)
-            self._deliver(TokenDelta(message.id, [], finish))
+            self._streams.deliver(TokenDelta(message.id, [], finish))
             self._watch.work(bool(self._streams))
         elif isinstance(message, wire.Stage):
             if self._state == 'loading':
@@ -419,36 +371,27 @@ class ProcessClient:
     def _step(self, message: wire.Step) -> None:
         self._ledger.update(message.stats)
         for part in message.deltas:
-            self._deliver(part.delta())
+            self._streams.deliver(part.delta())
         self._watch.progress(self._ledger.steps, message.seconds)
         self._watch.work(bool(self._streams))
-
-    def _deliver(self, delta: TokenDelta) -> None:
-        stream = self._stream(delta.id)
-        finish = delta.finish
-        if finish is not None:
-            del self._streams[delta.id]
-            if self._suspects and finish.reason in ('stop', 'length'):
-                self._suspects.clear(stream.request)
-        stream.push(delta)
-
-    def _stream(self, request_id: str) -> _Stream:
-        stream = self._streams.get(request_id)
-        if stream is None:
-            raise wire.WireError('a message about a request that is not there')
-        return stream
 
 
 async def _end(child: Child, *, at_once: bool) -> str:
     """The end of a child that has closed its socket, or has to be ended now; returns what it ended of."""
-    deadline = time.monotonic() + AUTOPSY_SECONDS
-    while not at_once and not child.heard and time.monotonic() < deadline:
-        await asyncio.sleep(0.005)
+    if at_once:
+        child.kill()
+    await _poll(lambda: child.heard)
     if not child.ended:
         child.kill()
-    if not await asyncio.to_thread(child.wait, 5.0):
-        get_logger().critical('the engine process %s cannot be killed', child.pid)
+        await _poll(lambda: child.ended)
     return child.cause()
+
+
+async def _poll(condition: Callable[[], bool]) -> None:
+    """Until the condition, at most :data:`AUTOPSY_SECONDS`. Needs no thread: they may all be busy."""
+    deadline = time.monotonic() + AUTOPSY_SECONDS
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -12,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lmdeploy
 from lmdeploy.config.env import child_environment
-from lmdeploy.engine.request import EngineInput
 from lmdeploy.log import get_logger
 
 PROGRAM = (sys.executable, '-m', 'lmdeploy.engine.process')
@@ -138,7 +136,9 @@ class Child:
         """How it ended, and the last lines it wrote if it did not end by a signal of ours."""
         if self._process is None:
             return f'it could not be started: {self._error}'
-        status = self._process.returncode
+        status = self._process.poll()
+        if status is None:
+            return 'it neither answers nor ends'
         how = f'exit status {status}' if status >= 0 else f'killed by {signal.Signals(-status).name}'
         lines = ' | '.join(list(self._tail)[-CAUSE_LINES:])
         return f'{how}; its last lines: {lines}' if lines else how
@@ -245,44 +245,3 @@ class CrashLog:
             return None
         self._delay = min(max(2 * self._delay, limits.first_delay), limits.last_delay)
         return self._delay
-
-
-class Suspects:
-    """Requests that were in a step when the engine crashed, by a digest of what they ask for.
-
-    One crash makes a suspect: it is served again, but never beside another suspect, so that a second crash names one.
-    Two crashes make it refused. One good end clears it.
-    """
-
-    MOST = 1024
-
-    def __init__(self) -> None:
-        self._crashes: OrderedDict[bytes, int] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._crashes)
-
-    def crashes(self, request: EngineInput) -> int:
-        """How many crashes it took part in."""
-        return self._crashes.get(digest(request), 0) if self._crashes else 0
-
-    def accuse(self, request: EngineInput) -> None:
-        """It was in a step when the engine crashed."""
-        key = digest(request)
-        self._crashes[key] = self._crashes.pop(key, 0) + 1
-        while len(self._crashes) > self.MOST:
-            self._crashes.popitem(last=False)
-
-    def clear(self, request: EngineInput) -> None:
-        """It has ended well."""
-        self._crashes.pop(digest(request), None)
-
-
-def digest(request: EngineInput) -> bytes:
-    """Of what a request asks for: everything but its id, its seed, and whose it is."""
-    params = request.params
-    asked = [getattr(params, name) for name in params.__slots__ if name not in ('seed', 'logits_processors')]
-    words = [getattr(processor, 'texts', None) for processor in params.logits_processors]
-    grammar = getattr(request.grammar, 'source', None)
-    images = [image.digest for image in request.images]
-    return hashlib.sha256(repr((request.tokens, asked, words, grammar, images, request.adapter)).encode()).digest()

@@ -60,7 +60,7 @@ class Array(Struct, array_like=True, frozen=True, gc=False):
     def of(cls, values: Any) -> Array:
         """From a numpy array or a CPU tensor."""
         array = np.asarray(values)
-        return cls(array.dtype.str, list(array.shape), array.tobytes())  # type: ignore[arg-type]
+        return cls(array.dtype.str, list(array.shape), array.tobytes())
 
     def array(self, *, dims: int) -> np.ndarray:
         """A read-only array of ``dims`` dimensions over the received bytes.

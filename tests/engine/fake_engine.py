@@ -1,7 +1,7 @@
-"""A program that behaves as the engine's process, on a model that is none: python -m tests.engine.fake_engine OPTIONS...
+"""A program that behaves as the engine's process, without a model: ``python -m tests.engine.fake_engine OPTIONS...``
 
-Options: ``delay=SECONDS`` of each step, ``load=SECONDS|error|crash``. Tokens of a prompt act when a step first sees them:
-``KILL``, ``HANG``, ``RAISE``, ``EXIT``.
+Options: ``delay=SECONDS`` of each step, ``load=SECONDS|error|bug|crash``. Tokens of a prompt act when a step first sees
+them: ``KILL``, ``HANG``, ``RAISE``, ``EXIT``.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ SAMPLES = [
     *(payload(message) for message in wire.steps([
         TokenDelta('a', [1], Finish('error', error=RequestError('LMD-330', prompt_len=1, most=2))),
         TokenDelta('b', [1], logits=np.ones((1, 3), np.float32),
-                   logprobs=Logprobs(np.zeros(1, np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)))],
+                   logprobs=Logprobs(np.zeros(1), np.zeros((1, 1), np.int32), np.zeros((1, 1))))],
         STATS, 0.1)),
 ]  # fmt: skip
 
