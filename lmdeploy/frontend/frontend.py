@@ -15,6 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from lmdeploy.chat.messages import get_text
 from lmdeploy.engine.plan import Logprobs
 from lmdeploy.engine.request import EngineInput, Grammar, TokenDelta
@@ -224,7 +226,7 @@ class AsyncFrontend:
         async with aclosing(self.client.submit(request)) as stream:
             async for delta in stream:
                 if delta.logits is not None:
-                    rows = delta.logits[:len(tokens) - 1 - done]
+                    rows = torch.as_tensor(np.array(delta.logits[:len(tokens) - 1 - done]))
                     targets = torch.tensor(tokens[done + 1:done + 1 + len(rows)], dtype=torch.long)
                     total += float(torch.nn.functional.cross_entropy(rows, targets, reduction='sum'))
                     done += len(delta.logits)
@@ -350,6 +352,8 @@ def _token_logprobs(delta: TokenDelta) -> list[dict[int, float]]:
 def _concat(pieces: list[Any]) -> Any:
     if len(pieces) <= 1:
         return pieces[0] if pieces else None
+    if isinstance(pieces[0], np.ndarray):  # of an engine in another process
+        return np.concatenate(pieces)
     import torch
 
     return torch.cat(pieces)

@@ -58,6 +58,12 @@ class Engine(Protocol):
 
     def health(self) -> Health: ...
 
+    async def sleep(self) -> None:
+        """Give back its memory. Raises: HttpError LMD-513, it cannot."""
+
+    async def wakeup(self) -> None:
+        """Serve again after :meth:`sleep`; returns when it does."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
@@ -68,6 +74,12 @@ class LoadedEngine:
     def health(self) -> Health:
         return HealthReport('ready')
 
+    async def sleep(self) -> None:
+        raise HttpError('LMD-513', param='/sleep', reason='the engine runs in the process of the server')
+
+    async def wakeup(self) -> None:
+        raise HttpError('LMD-513', param='/wakeup', reason='the engine runs in the process of the server')
+
 
 @dataclass(slots=True, eq=False)
 class Running:
@@ -76,7 +88,13 @@ class Running:
     caller: str
     request_id: str
     session_id: int
-    abort: Callable[[], None]
+    end: Callable[[], None]
+    aborted: bool = False
+
+    def abort(self) -> None:
+        """Tell the engine to end it; its client gets what there is, with the finish reason ``'abort'``."""
+        self.aborted = True
+        self.end()
 
 
 @dataclass(slots=True)
@@ -92,6 +110,7 @@ class ServerContext:
         docs: serve ``/docs`` and ``/openapi.json``.
         share_prefix_cache: let the requests of different keys share cached prefixes.
         created: Unix time that ``/v1/models`` tells.
+        terminate: shuts the server down; None: clients cannot ask for that.
     """
 
     model_names: tuple[str, ...]
@@ -108,6 +127,7 @@ class ServerContext:
     max_concurrent_requests: int = 0
     audit: AuditLog | None = None
     created: int = 0
+    terminate: Callable[[], None] | None = None
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     draining: bool = False
     running: list[Running] = field(default_factory=list)

@@ -68,8 +68,8 @@ HUGE = [math.nan, math.inf, -0.0, True, 'a', None, [], {}, 2**63, 10**30, -1, 0,
 NUMBERS = ['temperature', 'top_p', 'top_k', 'min_p', 'n', 'seed', 'max_tokens', 'max_completion_tokens',
            'min_new_tokens', 'presence_penalty', 'frequency_penalty', 'repetition_penalty', 'top_logprobs',
            'session_id', 'stop', 'stop_token_ids', 'logit_bias', 'messages', 'model', 'stream', 'stream_options',
-           'tools', 'tool_choice', 'response_format', 'user', 'logprobs', 'ignore_eos', 'skip_special_tokens', 'input_ids',
-           'enable_thinking', 'chat_template_kwargs', 'reasoning_effort']
+           'tools', 'tool_choice', 'response_format', 'user', 'logprobs', 'ignore_eos', 'skip_special_tokens',
+           'input_ids', 'enable_thinking', 'chat_template_kwargs', 'reasoning_effort']
 
 
 @pytest.mark.parametrize('name', NUMBERS)

@@ -204,7 +204,9 @@ class InteractiveAnswer(msgspec.Struct):
 
 
 class Encoded(msgspec.Struct):
-    input_ids: list[int] | list[list[int]]
+    """For one text its tokens and their number, for several texts lists of these."""
+
+    input_ids: list[int | list[int]]
     length: int | list[int]
 
 
