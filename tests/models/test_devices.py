@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from tests.models.driver import Driver, load_model
 
 CONFIG = {

@@ -75,7 +75,7 @@ def test_scores_of_any_size_give_finite_results():
 @pytest.mark.parametrize('dim', [16, 64, 80, 128, 256])
 @pytest.mark.parametrize('batch', [1, 2, 3, 8])
 def test_batched_products_keep_their_bits(dim, batch):
-    """What the order of sums in span attention rests on: any multiple of row_step rows, any of WIDTHS with zeros after it."""
+    """What span attention rests on: any multiple of row_step rows, any of WIDTHS with zeros behind."""
     step = spans.row_step(dim)
     k, q = torch.randn(batch, spans.SPAN, dim), torch.randn(batch, 448, dim)
     scores, weights = torch.bmm(q, k.transpose(1, 2)), torch.rand(batch, 448, spans.SPAN)
