@@ -31,7 +31,7 @@ class DrillExecutor(FakeExecutor):
     delay = 0.0
 
     def launch(self, plan):
-        asked = set(plan.tokens.tolist()) if plan.opened else set()
+        asked = {token for opened in plan.opened for token in opened.tokens[:opened.prompt_len].tolist()}
         if KILL in asked:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANG in asked:
