@@ -43,6 +43,9 @@ def calls(name: str, text: str) -> list[tuple[str, str]]:
     return [(call.name, call.arguments) for call in answer.calls]
 
 
+WIDE = ' ' * (MAX_SPACE + 1)
+
+
 # Well-formed answers.
 
 @pytest.mark.parametrize('form', ['qwen', 'internlm', 'llama3'])
@@ -102,6 +105,9 @@ def test_a_named_call(found, data):
     ('qwen', '\n{"name": "f", "arguments": {}}\n{"name": "f", "arguments": {}}', None, [('f', '{}'), ('f', '{}')]),
     ('qwen', '```json\n{"name": "f", "arguments": {}}\n```', None, [('f', '{}')]),
     ('qwen', '```json\n{"name": "f", "arguments": {}}\n```\nRun it.', '\nRun it.', [('f', '{}')]),
+    ('qwen', '\n```json\n{"name": "f", "arguments": {}} \n ```', None, [('f', '{}')]),
+    ('qwen', '\n```json\n{"name": "f", "arguments": {}}\n``x', '\n``x', [('f', '{}')]),
+    ('qwen', '<tool_call>{"name": "' + 'n' * MAX_NAME + '"}', None, [('n' * MAX_NAME, '{}')]),
     ('internlm', 'a<|action_start|> <|plugin|>\n{"name":"f","parameters":{}}<|action_end|>\nb', 'a\nb', [('f', '{}')]),
     ('internlm', '<|action_start|><|plugin|>{"name":"f","arguments":{}}', None, [('f', '{}')]),
     ('llama3', '<|python_tag|>{"name":"f","parameters":{}};{"name":"f","parameters":{}}', None,
@@ -109,7 +115,14 @@ def test_a_named_call(found, data):
     ('llama3', '{"type":"function","name":"f","parameters":{"a":"}"}}', None, [('f', '{"a":"}"}')]),
     ('llama3', '<function=f>{"a":1}</function>', None, [('f', '{"a":1}')]),
     ('llama3', '<function=f>\n{"a":1}', None, [('f', '{"a":1}')]),
+    ('llama3', '<function=f>{"a":1}\n{"name":"f","parameters":{}}', '\n{"name":"f","parameters":{}}',
+     [('f', '{"a":1}')]),
+    ('llama3', WIDE + '{"name":"f","parameters":{}}' + WIDE + ';{"name":"f","parameters":{}}', WIDE + WIDE,
+     [('f', '{}'), ('f', '{}')]),
+    ('llama3', '<function=' + 'n' * MAX_NAME + '>{}</function>', None, [('n' * MAX_NAME, '{}')]),
     ('required', ' [ ] ', ' [ ] ', []),
+    ('required', '{"name":"f","parameters":{}} ]', ' ]', [('f', '{}')]),
+    ('required', '{"name":"f","parameters":{}}, {}', ', {}', [('f', '{}')]),
     ('required', '{"name":"f","parameters":{}}', None, [('f', '{}')]),
     ('required', '[{"name":"f","parameters":{}},]\n', None, [('f', '{}')]),
     ('required', '[{"name":"f","parameters":{}}, ', None, [('f', '{}')]),
