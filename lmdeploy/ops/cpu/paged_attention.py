@@ -25,26 +25,27 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk],
     """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
-    whole = len(chunks) == 1 and chunks[0].queries is None and len(chunks[0].tokens) == tokens
-    out = None if whole else q.new_zeros(tokens, heads, dim, dtype=dtype)
+    group = heads // kv_heads
+    whole = tokens == sum(len(chunk.tokens) for chunk in chunks)
+    out = torch.empty(tokens, heads, dim, dtype=dtype) if whole else torch.zeros(tokens, heads, dim, dtype=dtype)
     for chunk in chunks:
         tiles = _tiles(q, chunk, kv_heads, scale)
         result, _ = _evaluate(chunk.root, tiles, k_pages, v_pages, isinstance(chunk.root, tuple))
-        used = chunk.size * (heads // kv_heads)
-        result = result[:, :, :used].view(chunk.count, kv_heads, chunk.size, -1, dim).transpose(1, 2)
-        result = result.reshape(-1, heads, dim)
-        if out is None:
-            return result.to(dtype)
-        if chunk.filled is not None:
-            result = result.index_select(0, chunk.filled)
-        out.index_copy_(0, chunk.tokens, result.to(dtype))
-    return q.to(dtype) if out is None else out
+        shape = (chunk.count, kv_heads, chunk.size, group, dim)
+        result = result[:, :, : chunk.size * group].view(shape).transpose(1, 2)
+        if chunk.first >= 0:
+            out[chunk.first : chunk.first + chunk.count * chunk.size].view(result.shape).copy_(result)
+        else:
+            filled = result.reshape(-1, heads, dim).index_select(0, chunk.filled)
+            out.index_copy_(0, chunk.tokens, filled.to(dtype))
+    return out
 
 
 def _tiles(q: Tensor, chunk: Chunk, kv_heads: int, scale: float) -> Tensor:
     """``[tiles, kv_heads, rows, D] float32``, scaled: a tile's rows run over its queries, then over a group's heads."""
     dim = q.shape[-1]
-    q = q[: chunk.count * chunk.size] if chunk.queries is None else q.index_select(0, chunk.queries)
+    first = chunk.first
+    q = q[first : first + chunk.count * chunk.size] if first >= 0 else q.index_select(0, chunk.queries)
     q = q.view(chunk.count, chunk.size, kv_heads, -1, dim).transpose(1, 2)
     group = q.shape[3]
     used = chunk.size * group

@@ -70,9 +70,9 @@ class Chunk:
         count: tiles.
         rows: query rows of one key head in one tile: size times the group of heads, padded to a multiple of
             ``row_step``.
-        queries: ``[count * size] int64`` tokens of the tiles, any where a tile is not full; None: the
-            first tokens of the step, in order.
-        filled: ``[n] int64`` places in ``queries`` that hold a token; None: all.
+        first: the tiles are full and hold the tokens from this one on, in order; -1: they do not, and then
+        queries: ``[count * size] int64`` tokens of the tiles, any where a tile is not full,
+        filled: ``[n] int64`` places in ``queries`` that hold a token, and
         tokens: ``[n] int64`` these tokens.
         root: the tree.
     """
@@ -80,8 +80,9 @@ class Chunk:
     size: int
     count: int
     rows: int
-    queries: Tensor | None
-    filled: Tensor | None
+    first: int
+    queries: Tensor
+    filled: Tensor
     tokens: Tensor
     root: Node
 
@@ -149,7 +150,7 @@ def _chunk(size: int, rows: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
     inside = offsets < tiles.count[:, None]
     queries = np.where(inside, tiles.token[:, None] + offsets, tiles.token[:, None])
     tokens = queries[inside]
-    in_order = bool(inside.all()) and np.array_equal(tokens, np.arange(len(tokens)))
+    in_order = bool(inside.all()) and np.array_equal(tokens, tokens[0] + np.arange(len(tokens)))
     leaves = {}
     for octet in range(int(low.min()) // OCTET, -(-int(high.max()) // OCTET)):
         leaf = _leaf(octet, size, tiles, low, high, table, shape, window)
@@ -157,8 +158,9 @@ def _chunk(size: int, rows: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
             leaves[octet] = leaf
     return Chunk(
         size, len(tiles.row), rows,
-        queries=None if in_order else torch.from_numpy(queries.ravel()),
-        filled=None if inside.all() else torch.from_numpy(np.flatnonzero(inside)),
+        first=int(tokens[0]) if in_order else -1,
+        queries=torch.from_numpy(queries.ravel()),
+        filled=torch.from_numpy(np.flatnonzero(inside)),
         tokens=torch.from_numpy(tokens),
         root=_tree(leaves),
     )  # fmt: skip
