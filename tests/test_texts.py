@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import string
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from lmdeploy import texts
 from lmdeploy.errors import RequestError
 from lmdeploy.texts import AREAS, LANGUAGES, table
 from lmdeploy.texts.cli import NOTES
@@ -116,3 +120,11 @@ def test_an_error_renders_in_both_languages_and_survives_a_copy():
     assert str(error).startswith('LMD-306: 2 prompts came with 3 generation configs')
     assert '提示词有 2 个' in error.text('zh')
     assert type(error) is RequestError
+
+
+def test_threads_that_meet_the_first_error_together_all_get_its_text(monkeypatch):
+    texts.table.cache_clear()
+    monkeypatch.setattr(texts, 'import_module', lambda name: time.sleep(0.002) or import_module(name))
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(lambda _: texts.render('LMD-315', 'en', {}), range(8)))
+    assert set(told) == {texts.table()['LMD-315']['en']}

@@ -7,20 +7,18 @@ template over the error's parameters and says what happened, why, and what to do
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 
 LANGUAGES = ('en', 'zh')
 AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
          'cli', 'server')
-_table: dict[str, dict[str, str]] = {}
 
 
+@cache
 def table() -> dict[str, dict[str, str]]:
     """All entries, gathered on first use: ``{code: {lang: text}}``."""
-    if not _table:
-        for area in AREAS:
-            _table.update(import_module(f'lmdeploy.texts.{area}').TEXTS)
-    return _table
+    return {code: entry for area in AREAS for code, entry in import_module(f'lmdeploy.texts.{area}').TEXTS.items()}
 
 
 def render(code: str, lang: str, params: Mapping[str, object]) -> str:
