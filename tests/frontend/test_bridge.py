@@ -101,6 +101,48 @@ def test_close_is_idempotent_and_ends_waiting_callers(loop):
         loop.run(asyncio.sleep(0))
 
 
+def test_closing_while_callers_keep_coming_leaves_nobody_waiting():
+    for _ in range(20):
+        loop, outcomes = LoopThread(), []
+
+        def call(loop=loop, outcomes=outcomes):
+            try:
+                while True:
+                    list(loop.iterate(count(1, [])))
+                    loop.run(asyncio.sleep(0))
+            except RequestError as error:
+                outcomes.append(error.code)
+
+        callers = [threading.Thread(target=call, daemon=True) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        time.sleep(0.005)
+        loop.close()
+        for caller in callers:
+            caller.join(timeout=5)
+        assert outcomes == ['LMD-315'] * 4
+
+
+def test_a_task_that_does_not_end_does_not_keep_close_from_ending(loop, monkeypatch):
+    monkeypatch.setattr('lmdeploy.frontend.bridge.JOIN_SECONDS', 0.4)
+    begun = threading.Event()
+
+    async def stubborn():
+        begun.set()
+        for _ in range(20):
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                pass
+
+    waiting = threading.Thread(target=lambda: loop.run(stubborn()), daemon=True)
+    waiting.start()
+    begun.wait(5)
+    start = time.monotonic()
+    loop.close()
+    assert time.monotonic() - start < 1.5
+
+
 def test_a_forked_child_is_told_so(loop):
     read, write = os.pipe()
     pid = os.fork()
