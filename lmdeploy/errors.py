@@ -17,6 +17,7 @@ English), :meth:`LmdeployError.text` gives the other language. Code ranges:
 330   the running engine
 401   command line
 501   the server
+580   clients of the server
 ====  ==========================================================
 """
 
@@ -61,6 +62,10 @@ class SourceError(LmdeployError):
 
 class ConfigError(LmdeployError, ValueError):
     """An option of the user, or a model's config.json, cannot be honoured; raised before anything heavy loads."""
+
+
+class BindError(ConfigError):
+    """A server cannot have the address that it is told to listen on."""
 
 
 class LoadError(LmdeployError):

@@ -7,6 +7,7 @@ if it was given: the defaults are those of the public configs.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +66,14 @@ ENGINE_OPTIONS = (
 )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, options: Sequence[EngineOption] = ENGINE_OPTIONS) -> None:
     """The engine's flags, ``--backend`` and ``--chat-template``."""
     group = parser.add_argument_group('engine')
     group.add_argument('--backend', choices=('turbomind', 'pytorch'), default=None,
                        help='under whose names the one engine is configured (default: as the other options need)')
     group.add_argument('--chat-template', default=None, metavar='NAME',
                        help='a template name (see lmdeploy list --templates), a JSON file or JSON text')
-    for option in ENGINE_OPTIONS:
+    for option in options:
         kind: dict[str, Any] = {'type': option.type, 'metavar': option.type.__name__.upper()}
         if option.type is bool:
             kind = {'action': 'store_true'}
@@ -83,13 +84,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option.flag, dest=option.dest, default=argparse.SUPPRESS, help=option.help, **kind)
 
 
-def engine_config(args: argparse.Namespace) -> TurbomindEngineConfig | PytorchEngineConfig:
+def engine_config(args: argparse.Namespace,
+                  options: Sequence[EngineOption] = ENGINE_OPTIONS) -> TurbomindEngineConfig | PytorchEngineConfig:
     """The public config that the flags spell.
 
     Raises:
         UsageError: two flags that no single config has (LMD-406), or an adapter without a name (LMD-409).
     """
-    given = [option for option in ENGINE_OPTIONS if hasattr(args, option.dest)]
+    given = [option for option in options if hasattr(args, option.dest)]
     only_turbomind = [option.flag for option in given if option.pytorch is None]
     only_pytorch = [option.flag for option in given if option.turbomind is None]
     if args.backend == 'turbomind':

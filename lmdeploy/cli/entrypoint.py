@@ -10,6 +10,7 @@
 66    a model was not found or could not be fetched
 70    the engine, or lmdeploy itself, failed
 78    an option, or the model's configuration, cannot be honoured
+98    the server's address is in use, or not to be had
 130   interrupted
 141   the reader of the output went away
 ====  ====================================================================
@@ -28,7 +29,16 @@ from types import ModuleType
 
 from lmdeploy.cli.args import UsageError
 from lmdeploy.cli.screen import LANGUAGES, Screen, choose_language
-from lmdeploy.errors import ConfigError, EngineDead, LmdeployError, LoadError, RequestError, SourceError, TemplateError
+from lmdeploy.errors import (
+    BindError,
+    ConfigError,
+    EngineDead,
+    LmdeployError,
+    LoadError,
+    RequestError,
+    SourceError,
+    TemplateError,
+)
 from lmdeploy.version import __version__
 
 EXIT_CODES: dict[type[LmdeployError], int] = {
@@ -38,6 +48,7 @@ EXIT_CODES: dict[type[LmdeployError], int] = {
     TemplateError: 65,
     SourceError: 66,
     EngineDead: 70,
+    BindError: 98,  # before its base class
     ConfigError: 78,
 }
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141
@@ -56,6 +67,7 @@ class Command:
 
 COMMANDS = {
     'chat': Command('lmdeploy.cli.chat', 'talk to a model in the terminal'),
+    'serve': Command('lmdeploy.cli.serve', 'serve a model over HTTP'),
     'list': Command('lmdeploy.cli.list', 'list the models that have a short name, or the chat templates'),
     'pull': Command('lmdeploy.cli.pull', 'download a model'),
     'rm': Command('lmdeploy.cli.rm', 'delete a downloaded model'),
@@ -69,18 +81,19 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog='lmdeploy', description='Compress, deploy and serve large language models.',
         epilog='Start here: lmdeploy chat -q "Give three suggestions about time management."', allow_abbrev=False)
     parser.add_argument('-v', '--version', action='version', version=__version__)
-    _add_common(parser, suppress=False)
+    add_common(parser, suppress=False)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=f'{command.help.capitalize()}.',
                                   allow_abbrev=False)
         if name in argv:
             command.load().add_arguments(sub)
-            _add_common(sub, suppress=True)  # an option given before the command keeps its value
+            add_common(sub, suppress=True)  # an option given before the command keeps its value
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, suppress: bool) -> None:
+def add_common(parser: argparse.ArgumentParser, suppress: bool) -> None:
+    """The options that every command has."""
     group = parser.add_argument_group('messages')
     group.add_argument('--lang', choices=LANGUAGES, default=argparse.SUPPRESS if suppress else None,
                        help='language of messages (default: LMDEPLOY_LANG, else the locale)')

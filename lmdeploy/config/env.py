@@ -6,6 +6,9 @@
 ``LMDEPLOY_USE_MODELSCOPE`` ``true``: ``org/name`` means a ModelScope model
 ``LMDEPLOY_LOG_LEVEL``      log level by name; ``TM_LOG_LEVEL`` is its older spelling
 ``MODELSCOPE_DOMAIN``       another ModelScope site (a host name or a URL)
+``LMDEPLOY_API_KEYS``       keys of the server, separated by commas; unlike those of a flag, ``ps`` does not show them
+``SSL_KEYFILE``             the server's private key for ``--ssl``, PEM
+``SSL_CERTFILE``            its certificate, PEM
 ==========================  ==================================================================
 
 Libraries read their own: huggingface_hub ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN``; pip ``PIP_*``; both, and
@@ -57,6 +60,16 @@ def modelscope_endpoint() -> str:
     """Base URL of ModelScope, without a slash at its end; ``MODELSCOPE_DOMAIN`` names another site."""
     domain = os.environ.get('MODELSCOPE_DOMAIN', '').strip().rstrip('/') or 'www.modelscope.cn'
     return domain if '://' in domain else f'https://{domain}'
+
+
+def api_keys() -> list[str]:
+    """``LMDEPLOY_API_KEYS``: the keys between its commas."""
+    return [key.strip() for key in os.environ.get('LMDEPLOY_API_KEYS', '').split(',') if key.strip()]
+
+
+def tls_files() -> tuple[str | None, str | None]:
+    """``SSL_KEYFILE`` and ``SSL_CERTFILE``."""
+    return os.environ.get('SSL_KEYFILE'), os.environ.get('SSL_CERTFILE')
 
 
 def child_environment(**changes: str) -> dict[str, str]:

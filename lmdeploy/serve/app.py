@@ -62,7 +62,7 @@ class App:
     def _admit(self, request: Request, exchange: _Exchange) -> Route | None:
         """The route, if the request may go there; None: it was a question of a browser, and the answer is set."""
         headers, context = request.scope['headers'], self.context
-        middleware.check_headers(headers, context.limits)
+        middleware.check_headers(headers, context.limits, len(request.path))
         if context.check_host:
             middleware.check_host(headers)
         exchange.headers += context.cors.answer(headers)
@@ -116,6 +116,8 @@ class App:
     def _record(self, request: Request, exchange: _Exchange) -> None:
         context, status = self.context, exchange.status
         context.metrics.responses[status] += 1
+        get_logger().info('%s %s %r %d %s %.3f s', request.id, request.method[:16], request.path[:200], status,
+                          request.caller.id, time.monotonic() - request.started)
         if context.audit is None or request.path in ('/health', '/ready', '/metrics'):
             return
         client = request.scope.get('client')
@@ -178,10 +180,17 @@ class _Exchange:
                 await self.reply(Reply(told.body, told.status, (JSON, *told.headers, *closing)))
             return
         if self._writer is None or self._stream is None or told.code == 'slow_reader':
-            return  # the connection is closed without an end, as nothing else would be noticed
+            self._abort()
+            return
         self._writer.write(self._stream.error(error))
         await self._writer.finish()
         await self.end()
+
+    def _abort(self) -> None:
+        """Drop the connection: without an end, the client knows that something is missing."""
+        abort = self.request.scope.get('extensions', {}).get('lmdeploy.abort')
+        if abort is not None:
+            abort()
 
     async def close(self) -> None:
         """Stop what still produces."""

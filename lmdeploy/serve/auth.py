@@ -96,6 +96,9 @@ class KeyRing:
                     found = key.caller
         return found
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def __repr__(self) -> str:
         return f'KeyRing({len(self._keys)} keys)'
 

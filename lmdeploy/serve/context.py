@@ -108,6 +108,7 @@ class ServerContext:
         check_host: refuse Host headers that are not loopback names.
         public_metrics: ``/metrics`` without a key.
         docs: serve ``/docs`` and ``/openapi.json``.
+        expose_metrics: serve ``/metrics``.
         share_prefix_cache: let the requests of different keys share cached prefixes.
         created: Unix time that ``/v1/models`` tells.
         terminate: shuts the server down; None: clients cannot ask for that.
@@ -123,6 +124,7 @@ class ServerContext:
     check_host: bool = False
     public_metrics: bool = False
     docs: bool = True
+    expose_metrics: bool = True
     share_prefix_cache: bool = False
     max_concurrent_requests: int = 0
     audit: AuditLog | None = None

@@ -36,13 +36,14 @@ def header(headers: Sequence[Header], name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-def check_headers(headers: Sequence[Header], limits: Limits) -> None:
-    """Refuse too many or too large header fields.
+def check_headers(headers: Sequence[Header], limits: Limits, path_size: int = 0) -> None:
+    """Refuse too many or too large header fields; the path counts as one.
 
     Raises:
         HttpError: LMD-510.
     """
-    if len(headers) > limits.header_count or sum(len(k) + len(v) for k, v in headers) > limits.header_bytes:
+    size = path_size + sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > limits.header_count or size > limits.header_bytes:
         raise HttpError('LMD-510', count=limits.header_count, most=limits.header_bytes)
 
 

@@ -41,6 +41,19 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'adapter {value!r} is not understood. Write NAME=PATH.',
         'zh': '无法理解 adapter {value!r}。请写成 NAME=PATH。',
     },
+    'LMD-410': {
+        'en': 'the options in {path} cannot be read: {reason}.',
+        'zh': '无法读取 {path} 中的选项：{reason}。',
+    },
+    'LMD-411': {
+        'en': '{path} sets {name} to {value}, but there is no such option, or it takes another kind of value. '
+              'See lmdeploy serve api_server -h.',
+        'zh': '{path} 将 {name} 设为 {value}，但没有该选项，或其取值类型不同。请参见 lmdeploy serve api_server -h。',
+    },
+    'LMD-412': {
+        'en': 'no model was named. Write lmdeploy serve api_server MODEL, for example smollm2:135m.',
+        'zh': '未指定模型。请写成 lmdeploy serve api_server MODEL，例如 smollm2:135m。',
+    },
 }
 
 NOTES: dict[str, dict[str, str]] = {
@@ -80,6 +93,31 @@ NOTES: dict[str, dict[str, str]] = {
     'download': {
         'en': 'Downloading {alias}: {size}, licence {licence}.',
         'zh': '正在下载 {alias}：{size}，许可证 {licence}。',
+    },
+    'serve_ready': {
+        'en': '{models} at {url} (API at {url}/v1, documentation at {docs}, metrics at {url}/metrics)\n'
+              'context {session_len} tokens, KV cache {kv_tokens} tokens ({kv_gib:.1f} GiB), {batch} requests at a time\n'
+              'API keys: {keys}. Try:',
+        'zh': '{models} 已就绪：{url}（API：{url}/v1，文档：{docs}，指标：{url}/metrics）\n'
+              '上下文 {session_len} 个 token，KV 缓存 {kv_tokens} 个 token（{kv_gib:.1f} GiB），同时处理 {batch} 个请求\n'
+              'API key 数量：{keys}。试一试：',
+    },
+    'serve_loading': {
+        'en': 'Loading {model}; {url}/health tells how far it is.',
+        'zh': '正在加载 {model}；可通过 {url}/health 查看进度。',
+    },
+    'serve_no_auth': {
+        'en': 'WARNING: EVERYBODY WHO CAN REACH {host} CAN USE THIS SERVER. Give it keys with --api-keys, or say '
+              '--allow-no-auth if that is what you want.',
+        'zh': '警告：任何能访问 {host} 的人都可以使用此服务器。请用 --api-keys 设置密钥；如确需如此，请加 --allow-no-auth。',
+    },
+    'serve_draining': {
+        'en': 'Shutting down: running requests may finish within {seconds:g} seconds. Press Ctrl-C again to end at once.',
+        'zh': '正在关闭：运行中的请求可在 {seconds:g} 秒内完成。再按一次 Ctrl-C 立即结束。',
+    },
+    'serve_hint': {
+        'en': '{flag} is accepted and changes nothing here.',
+        'zh': '接受 {flag}，但在此不起作用。',
     },
     'loading': {
         'en': 'Loading {model} ...',

@@ -60,13 +60,14 @@ def operation_routes(context: ServerContext) -> list[Route]:
     routes = [
         Route('GET', '/health', operations.health, Access.OPEN, 'how the engine is', answer=HealthInfo),
         Route('GET', '/ready', operations.ready, Access.OPEN, 'whether new requests are taken', answer=HealthInfo),
-        Route('GET', '/metrics', operations.metrics, metrics, 'Prometheus metrics'),
         Route('POST', '/abort_request', operations.abort, Access.USER, "end one's own running requests",
               protocol.AbortRequest, Aborted),
         Route('GET', '/is_sleeping', operations.is_sleeping, Access.USER, 'whether the engine sleeps'),
         Route('POST', '/sleep', operations.sleep, Access.ADMIN, "give the engine's memory back", answer=HealthInfo),
         Route('POST', '/wakeup', operations.wakeup, Access.ADMIN, 'load the model again', answer=HealthInfo),
     ]
+    if context.expose_metrics:
+        routes.append(Route('GET', '/metrics', operations.metrics, metrics, 'Prometheus metrics'))
     if context.terminate is not None:
         routes.append(Route('POST', '/terminate', operations.terminate, Access.ADMIN, 'shut the server down'))
     return routes

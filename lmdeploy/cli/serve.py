@@ -1,0 +1,25 @@
+"""``lmdeploy serve``: a table of servers, which are modules with ``add_arguments`` and ``run`` as commands are."""
+
+from __future__ import annotations
+
+import argparse
+
+from lmdeploy.cli.entrypoint import Command, add_common
+from lmdeploy.cli.screen import Screen
+
+SERVICES = {
+    'api_server': Command('lmdeploy.cli.api_server', 'answer requests in the form of OpenAI and LMDeploy'),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    services = parser.add_subparsers(dest='service', metavar='SERVICE', title='services', required=True)
+    for name, service in SERVICES.items():
+        sub = services.add_parser(name, help=service.help, description=f'{service.help.capitalize()}.',
+                                  allow_abbrev=False)
+        service.load().add_arguments(sub)
+        add_common(sub, suppress=True)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    return SERVICES[args.service].load().run(args, screen)
