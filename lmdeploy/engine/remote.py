@@ -263,19 +263,14 @@ class ProcessClient:
 
     async def _supervise(self) -> None:
         """Serve by one child after another until one is told to end, or crashes are too many."""
-        try:
-            while True:
-                cause = await self._serve(self._child)
-                delay = self._bury(cause)
-                if delay is None:
-                    return
-                await asyncio.sleep(delay)
-                self._restarts += 1
-                self._child = Child(self._program)
-        finally:
-            if self._channel is not None:  # the loop ends
-                self._channel.close()
-                self._channel = None
+        while True:
+            cause = await self._serve(self._child)
+            delay = self._bury(cause)
+            if delay is None:
+                return
+            await asyncio.sleep(delay)
+            self._restarts += 1
+            self._child = Child(self._program)
 
     async def _serve(self, child: Child) -> str:
         """Load and serve until ``child`` ends or has to be ended; returns why."""
@@ -284,9 +279,23 @@ class ProcessClient:
         self._watch = StepWatch(self._limits, patient=False)
         channel = self._channel = Channel(child.sock, self._receive)
         channel.send(wire.encode(self._load))
-        trouble = None
+        try:
+            trouble = await self._look_after(child, channel)
+        finally:
+            channel.close()
+            if self._channel is channel:
+                self._channel = None
+        if self._state == 'ready':
+            self._set('restarting', 'the engine has ended')
+        ending = await _end(child, at_once=trouble is not None or self._failure is not None)
+        if self._failure is not None:
+            return str(self._failure.params.get('cause', self._failure))
+        return trouble or ending
+
+    async def _look_after(self, child: Child, channel: Channel) -> str | None:
+        """Until the channel ends, or the child has to; returns why in the latter case."""
         tick = min(TICK_SECONDS, self._limits.hang / 10)
-        while trouble is None and not channel.ended.is_set():
+        while not channel.ended.is_set():
             before = time.monotonic()
             await _wait(channel.ended, tick)
             if time.monotonic() - before > 2 * tick + 0.5:
@@ -296,25 +305,18 @@ class ProcessClient:
                 get_logger().critical('the engine hangs: %s; these are its stacks', trouble)
                 child.dump_stacks()
                 await asyncio.sleep(DUMP_SECONDS)
+                return trouble
             elif self._state != 'ready' and time.monotonic() - self._began > self._limits.load:
-                trouble = f'the model was not loaded within {self._limits.load:g} s'
-        if trouble is None and channel.error is not None and not isinstance(channel.error, OSError):
-            trouble = f'it was not understood: {channel.error}'
-        crashed_ready = self._state == 'ready'
-        if crashed_ready:
-            self._set('restarting', 'the engine has ended')
-        channel.close()
-        self._channel = None
-        ending = await _end(child, at_once=trouble is not None or self._failure is not None)
-        failure = self._failure
-        if failure is not None:
-            return str(failure.params.get('cause', failure))
-        return trouble or ending
+                return f'the model was not loaded within {self._limits.load:g} s'
+        if channel.error is None or isinstance(channel.error, OSError):
+            return None
+        return f'it was not understood: {channel.error}'
 
     def _bury(self, cause: str) -> float | None:
         """After the end of a child: end its requests, and decide; returns the seconds until the next one is started."""
-        get_logger().critical('the engine process ended: %s', cause)
         first = self._state == 'loading'
+        if not first or self._failure is None:
+            get_logger().critical('the engine process ended: %s', cause)
         self._ledger.crashed(len(self._streams))
         for stream in self._streams.end_all(Finish('error', error=EngineDead('LMD-343', cause=cause))):
             if stream.running:

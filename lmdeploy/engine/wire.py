@@ -36,8 +36,7 @@ RECEIVE_BYTES = 256 << 10
 MAX_ERROR_TEXT = 4000  # characters of one parameter of an error
 
 ERRORS: dict[str, type[LmdeployError]] = {
-    cls.__name__: cls for cls in (errors.SourceError, errors.ConfigError, errors.LoadError, errors.TemplateError,
-                                  errors.RequestError, errors.EngineDead)}
+    name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, LmdeployError)}
 Scalar = int | float | str | bool | None
 Count = Annotated[int, Meta(ge=0)]
 STATS = tuple(field.name for field in fields(EngineStats))
@@ -84,7 +83,7 @@ class Error(Struct, array_like=True, frozen=True):
     @classmethod
     def of(cls, error: LmdeployError) -> Error:
         """What is left of ``error`` for another process; parameters of other kinds become text."""
-        name = next((name for name, known in ERRORS.items() if isinstance(error, known)), 'EngineDead')
+        name = next(cls.__name__ for cls in type(error).__mro__ if ERRORS.get(cls.__name__) is cls)
         return cls(name, error.code, {key: _plain(value) for key, value in error.params.items()})
 
     def error(self) -> LmdeployError:
