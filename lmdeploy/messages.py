@@ -31,7 +31,7 @@ class GenerationConfig:
         bad_words: texts that must not appear.
         stop_token_ids: tokens that end the answer.
         bad_token_ids: tokens that are never sampled.
-        min_new_tokens: end tokens are not sampled before this many tokens.
+        min_new_tokens: end tokens are not sampled, and stop words not looked for, in this many tokens.
         skip_special_tokens: leave control tokens out of the text.
         spaces_between_special_tokens: put spaces between control tokens in the text.
         logprobs: the k best log-probabilities per generated token, in [0, 1024].
@@ -234,3 +234,32 @@ class EngineOutput:
     logits: Any = None
     last_hidden_state: Any = None
     cache_block_ids: list[int] | None = None
+
+
+@dataclass
+class GenOut:
+    """One piece of an answer, or all of it, from the asynchronous ``Pipeline.generate``; LMDeploy's names.
+
+    Args:
+        response: the text.
+        history_token_len: always 0: the whole conversation is the input.
+        input_token_len: tokens of the input.
+        generate_token_len: tokens generated so far.
+        cache_block_ids: always None.
+        index: which of the ``n`` answers.
+        error_code, error_message: with ``finish_reason='error'``.
+    """
+
+    response: str
+    history_token_len: int
+    input_token_len: int
+    generate_token_len: int
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[dict[int, float]] | None = None
+    logits: Any = None
+    last_hidden_state: Any = None
+    cache_block_ids: list[int] | None = None
+    index: int = field(default=0, repr=False)
+    error_code: str | None = field(default=None, repr=False)
+    error_message: str | None = field(default=None, repr=False)

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from lmdeploy.errors import RequestError
@@ -20,7 +20,7 @@ from lmdeploy.frontend.params import check
 from lmdeploy.frontend.prompts import Prompt, classify
 from lmdeploy.frontend.session import Session
 from lmdeploy.log import get_logger
-from lmdeploy.messages import GenerationConfig, Response
+from lmdeploy.messages import GenerationConfig, GenOut, Response
 
 GREEDY_WARNING = ('Since v0.6.0, lmdeploy add `do_sample` in GenerationConfig. It defaults to False, meaning greedy '
                   'decoding. Please set `do_sample=True` if sampling decoding is needed')
@@ -46,8 +46,8 @@ class Pipeline:
         self.backend_config = backend_config
         self._loop = LoopThread()
         self._sessions = itertools.count(1)
-        self._running: dict[int, asyncio.Task] = {}
-        self._release = weakref.finalize(self, _release, self._loop, stop, frontend.grammars.close)  # at exit too
+        self._running: dict[int, tuple[str, int]] = {}  # session id -> its request's name and number of answers
+        self._release = weakref.finalize(self, _release, self._loop.close, stop, frontend.grammars.close)  # at exit too
 
     @property
     def tokenizer(self) -> Any:
@@ -114,17 +114,20 @@ class Pipeline:
 
     def chat(self, prompt: Any, session: Session | None = None, gen_config: GenerationConfig | None = None,
              stream_response: bool = False, do_preprocess: bool = True, adapter_name: str | None = None) -> Session:
-        """One turn of a conversation.
+        """One turn of a conversation. A turn of the session that still runs is stopped; what it said so far stays.
 
         Returns:
             The session (a new one where none was given): ``session.response`` is the answer, and with
             ``stream_response=True`` ``session.generator`` gives its pieces.
+
+        Raises:
+            RequestError: ``prompt`` is not one text or list of messages, or ``gen_config`` asks for several answers.
         """
         session = self.session(gen_config) if session is None else session
-        turn, _ = classify(prompt)
-        if isinstance(turn[0], RequestError):
-            raise turn[0]
-        pieces = self.stream_infer(session.messages(prompt), gen_config=gen_config or session._gen_config,
+        gen_config = gen_config or session._gen_config
+        _check_turn(prompt, gen_config)
+        session.stop()
+        pieces = self.stream_infer(session.messages(prompt), gen_config=gen_config,
                                    do_preprocess=do_preprocess, adapter_name=adapter_name)
         session.begin(prompt)
         session.generator = _turn(session, pieces)
@@ -153,37 +156,46 @@ class Pipeline:
                        tools: list[dict] | None = None, stream_response: bool = True, sequence_start: bool = True,
                        sequence_end: bool = True, step: int = 0, do_preprocess: bool = True,
                        adapter_name: str | None = None, input_ids: list[int] | None = None,
-                       enable_thinking: bool | None = None) -> AsyncGenerator[RequestOutput, None]:
-        """Answer in the caller's own event loop: an async iterator of pieces (or, not streaming, one whole answer)."""
-        prompt = classify(messages if input_ids is None else input_ids)[0][0]
+                       enable_thinking: bool | None = None) -> AsyncGenerator[GenOut, None]:
+        """Answer in the caller's own event loop: an async iterator of pieces (or, not streaming, of whole answers).
+
+        Nothing of a session stays in the engine between its turns: each call brings the whole conversation as
+        ``messages``, and ``sequence_start=False`` or a ``step`` is refused.
+        """
+        self._loop.check()
         _refuse_adapter(adapter_name)
-        if isinstance(prompt, RequestError):
-            raise prompt
+        if not sequence_start or step:
+            raise RequestError('LMD-313', field='step' if sequence_start else 'sequence_start')
+        gen_config = gen_config or GenerationConfig()
+        check(gen_config, self.frontend.capacity.vocab_size)
+        prompt = _one(messages if input_ids is None else input_ids)
         if session_id in self._running:
             raise RequestError('LMD-318', session_id=session_id)
-        task = asyncio.current_task()
-        if session_id and task is not None:
-            self._running[session_id] = task
-        stream = self.frontend.generate(prompt, gen_config or GenerationConfig(), do_preprocess=do_preprocess,
-                                        sequence_start=sequence_start, tools=tools, enable_thinking=enable_thinking)
-        whole: RequestOutput | None = None
+        name = self.frontend.new_name()
+        if session_id:
+            self._running[session_id] = (name, gen_config.n)
+        stream = self.frontend.generate(prompt, gen_config, do_preprocess=do_preprocess, tools=tools,
+                                        enable_thinking=enable_thinking, name=name)
+        whole: dict[int, Response] = {}
         try:
             async with aclosing(stream):
                 async for output in stream:
+                    piece = _response(output, output.choice)
                     if stream_response:
-                        yield output
+                        yield _gen_out(piece)
                     else:
-                        whole = output if whole is None else _joined_output(whole, output)
-            if whole is not None:
-                yield whole
+                        so_far = whole.get(piece.index)
+                        whole[piece.index] = piece if so_far is None else _joined(so_far, piece)
+            for answer in whole.values():
+                yield _gen_out(answer)
         finally:
-            self._running.pop(session_id, None)
+            if session_id and self._running.get(session_id, ('', 0))[0] == name:
+                del self._running[session_id]
 
     async def stop_session(self, session_id: int) -> None:
-        """Stop what ``generate(session_id=...)`` runs."""
-        task = self._running.pop(session_id, None)
-        if task is not None:
-            task.get_loop().call_soon_threadsafe(task.cancel)
+        """Stop what ``generate(session_id=...)`` runs: its last piece has ``finish_reason='abort'``."""
+        if session_id in self._running:
+            self.frontend.abort(*self._running[session_id])
 
     async def end_session(self, session_id: int) -> None:
         """The same: a session holds nothing of the engine between its turns."""
@@ -222,7 +234,8 @@ class Pipeline:
                       config: GenerationConfig) -> AsyncGenerator[Response, None]:
             async with gate:
                 if isinstance(prompt, RequestError):
-                    yield _response(RequestOutput('', [], 0, 0, finish_reason='error', error=prompt), i * width)
+                    for choice in range(config.n):
+                        yield _response(RequestOutput('', [], 0, 0, choice, 'error', error=prompt), i * width + choice)
                     return
                 stream = self.frontend.generate(prompt, config, do_preprocess=do_preprocess)
                 async with aclosing(stream):
@@ -239,15 +252,33 @@ class Pipeline:
         return [await self.frontend.cross_entropy(ids) for ids in sequences]
 
 
-def _release(loop: LoopThread, *stops: Callable[[], None]) -> None:
-    loop.close()
-    for stop in stops:
-        stop()
+def _release(*stops: Callable[[], None]) -> None:
+    with ExitStack() as stack:  # one that fails does not keep the others from running
+        for stop in reversed(stops):
+            stack.callback(stop)
 
 
 def _refuse_adapter(adapter_name: str | None) -> None:
     if adapter_name is not None:
         raise RequestError('LMD-313', field='adapter_name')
+
+
+def _one(prompts: Any) -> Prompt:
+    """The only prompt of ``prompts``."""
+    parsed, single = classify(prompts)
+    if not single:
+        raise RequestError('LMD-319', given=f'a batch of {len(parsed)}')
+    if isinstance(parsed[0], RequestError):
+        raise parsed[0]
+    return parsed[0]
+
+
+def _check_turn(prompt: Any, gen_config: GenerationConfig | None) -> None:
+    """Refuse what is not one turn of a conversation with one answer."""
+    if _one(prompt).token_ids is not None:
+        raise RequestError('LMD-319', given='a list of token ids')
+    if isinstance(gen_config, GenerationConfig) and gen_config.n != 1:
+        raise RequestError('LMD-319', given=f'n={gen_config.n}')
 
 
 def _turn(session: Session, pieces: Iterator[Response]) -> Iterator[Response]:
@@ -277,11 +308,10 @@ def _joined(whole: Response, piece: Response) -> Response:
                     piece.error_code, piece.error_message, piece.cached_tokens)
 
 
-def _joined_output(whole: RequestOutput, piece: RequestOutput) -> RequestOutput:
-    logprobs = None if piece.logprobs is None else (whole.logprobs or []) + piece.logprobs
-    return RequestOutput(whole.text + piece.text, whole.token_ids + piece.token_ids, piece.input_len,
-                         piece.generated_len, piece.choice, piece.finish_reason, logprobs, piece.logits, piece.hidden,
-                         piece.error, piece.cached_tokens)
+def _gen_out(piece: Response) -> GenOut:
+    return GenOut(piece.text, 0, piece.input_token_len, piece.generate_token_len, piece.finish_reason, piece.token_ids,
+                  piece.logprobs, piece.logits, piece.last_hidden_state, None, piece.index, piece.error_code,
+                  piece.error_message)
 
 
 class _progress:
@@ -294,9 +324,10 @@ class _progress:
     def __enter__(self) -> Callable[[], None]:
         if not self.shown:
             return lambda: None
+        from rich.console import Console
         from rich.progress import Progress
 
-        self.bar = Progress()
+        self.bar = Progress(console=Console(stderr=True))
         task = self.bar.add_task('answers', total=self.total)
         self.bar.start()
         return lambda: self.bar.advance(task)

@@ -125,6 +125,9 @@ def test_the_answer_ends_before_a_stop_text_that_spans_tokens(build):
     answer = pipe([5], gen_config=GenerationConfig(max_new_tokens=20, stop_words=[stop]))
     assert (answer.text, answer.finish_reason) == (free.text[:cut], 'stop')
     assert answer.token_ids == free.token_ids[:len(answer.token_ids)]
+    for rows in ('generation', 'all'):  # one prompt token: both are one row per generated token
+        scored = pipe([5], gen_config=GenerationConfig(max_new_tokens=20, stop_words=[stop], output_logits=rows))
+        assert len(scored.logits) == len(answer.token_ids)
     kept = pipe([5], gen_config=GenerationConfig(max_new_tokens=20, stop_words=[stop], include_stop_str_in_output=True))
     assert kept.text == free.text[:cut] + stop
     assert idle(pipe)
@@ -258,8 +261,99 @@ def test_async_generate_in_the_callers_loop(build):
         return pieces, whole
 
     pieces, (whole,) = asyncio.run(main())
-    assert ''.join(piece.text for piece in pieces) == whole.text
-    assert whole.token_ids == expected(pipe, [5], 9)
+    assert ''.join(piece.response for piece in pieces) == whole.response
+    assert (whole.token_ids, whole.finish_reason) == (expected(pipe, [5], 9), 'length')
+    assert (whole.history_token_len, whole.input_token_len, whole.generate_token_len) == (0, 1, 9)
+    assert repr(whole).startswith(f'GenOut(response={whole.response!r}, history_token_len=0, input_token_len=1, ')
+
+
+def test_async_generate_keeps_several_answers_apart(build):
+    pipe = build()
+    config = GenerationConfig(n=2, max_new_tokens=6, do_sample=True, random_seed=1)
+
+    async def main():
+        return [out async for out in pipe.generate('a', gen_config=config, stream_response=False)]
+
+    answers = asyncio.run(main())
+    assert sorted(out.index for out in answers) == [0, 1]
+    assert [out.generate_token_len for out in answers] == [6, 6]
+
+
+def test_stopping_a_session_ends_its_request_and_nothing_else(build):
+    pipe = build(poisoned=lambda ids: time.sleep(0.005) or False)
+    config = GenerationConfig(max_new_tokens=80, ignore_eos=True)
+
+    async def main():
+        outs = []
+        async for out in pipe.generate([5], session_id=7, gen_config=config):
+            outs.append(out)
+            if len(outs) == 2:
+                with pytest.raises(RequestError, match='LMD-318'):
+                    await anext(pipe.generate([6], session_id=7))
+                await pipe.stop_session(7)
+        await pipe.stop_session(7)  # nothing runs: nothing happens
+        again = [out async for out in pipe.generate([5], session_id=7, gen_config=RAW, stream_response=False)]
+        return outs, again
+
+    outs, (again,) = asyncio.run(main())
+    assert (outs[-1].finish_reason, again.finish_reason) == ('abort', 'length')
+    assert outs[-1].generate_token_len < 80
+    assert idle(pipe)
+
+
+def test_what_generate_cannot_do_says_so(build):
+    pipe = build()
+
+    async def first(*args, **kwargs):
+        return await anext(pipe.generate(*args, **kwargs))
+
+    for code, args, options in [
+            ('LMD-313', ('a',), {'sequence_start': False}), ('LMD-313', ('a',), {'step': 5}), ('LMD-319', ([],), {}),
+            ('LMD-319', (['a', 'b'],), {}), ('LMD-303', (), {}), ('LMD-314', ('a',), {'gen_config': {'n': 1}}),
+            ('LMD-310', ('a',), {'gen_config': GenerationConfig(n=10**9)})]:
+        with pytest.raises(RequestError, match=code):
+            asyncio.run(first(*args, **options))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            asyncio.run(asyncio.wait_for(first('a'), 5))
+        except RequestError as error:
+            os._exit(int(error.code == 'LMD-316'))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    pipe.close()
+    with pytest.raises(RequestError, match='LMD-315'):
+        asyncio.run(first('a'))
+
+
+def test_a_new_turn_stops_the_one_that_runs(build):
+    pipe = build(poisoned=lambda ids: time.sleep(0.005) or False)
+    session = pipe.chat('one', gen_config=GenerationConfig(max_new_tokens=40), stream_response=True)
+    said = next(session.generator).text
+    kept = session.generator
+    pipe.chat('two', session=session, gen_config=RAW)
+    assert session.history == [('one', said), ('two', session.response.text)]
+    assert list(kept) == []
+    direct = pipe([{'role': 'user', 'content': 'one'}, {'role': 'assistant', 'content': said},
+                   {'role': 'user', 'content': 'two'}], gen_config=RAW)
+    assert direct.token_ids == session.response.token_ids
+    assert idle(pipe)
+
+
+def test_a_turn_is_one_prompt_with_one_answer(build):
+    pipe = build()
+    session = pipe.chat('one', gen_config=RAW)
+    for prompt, config in [(['a', 'b'], RAW), ([5, 6], RAW), ('a', GenerationConfig(n=2))]:
+        with pytest.raises(RequestError, match='LMD-319'):
+            pipe.chat(prompt, session=session, gen_config=config)
+    assert len(session.history) == 1
+
+
+def test_a_prompt_that_is_none_fails_once_for_each_of_its_answers(build):
+    pipe = build()
+    answers = pipe(['a', None, 'b'], gen_config=GenerationConfig(n=2, max_new_tokens=2))
+    assert [(a.index, a.finish_reason == 'error') for a in answers] == [
+        (0, False), (1, False), (2, True), (3, True), (4, False), (5, False)]
 
 
 def test_what_is_not_there_says_so(build):

@@ -20,7 +20,7 @@ import numpy as np
 from lmdeploy.chat.messages import get_text
 from lmdeploy.engine.plan import Logprobs
 from lmdeploy.engine.request import EngineInput, Grammar, TokenDelta
-from lmdeploy.engine.sampling import SamplingParams
+from lmdeploy.engine.sampling import Rows, SamplingParams
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend import params
@@ -146,24 +146,27 @@ class AsyncFrontend:
         return self.tokenizer.encode_segments(segments, add_bos=sequence_start and self.template.add_bos)
 
     def _refuse_huge(self, prompt: Prompt) -> None:
-        texts = [prompt.text] if prompt.text is not None else [m.get('content') for m in prompt.messages or ()]
-        chars = sum(len(text) for text in texts if isinstance(text, str))
+        if prompt.text is not None:
+            chars = len(prompt.text)
+        else:
+            chars = sum(_chars(message.get('content')) for message in prompt.messages or ())
         if chars > MAX_CHARS_PER_TOKEN * self.capacity.session_len:
             raise RequestError('LMD-307', chars=chars, session_len=self.capacity.session_len)
 
     async def generate(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
-                       sequence_start: bool = True, tools: list[dict] | None = None,
-                       enable_thinking: bool | None = None, salt: bytes = b'') -> AsyncGenerator[RequestOutput, None]:
+                       tools: list[dict] | None = None, enable_thinking: bool | None = None, salt: bytes = b'',
+                       name: str | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Serve one request; with ``n > 1`` the outputs of its answers come interleaved, told apart by ``choice``.
 
-        A failure of the request is an output with ``finish_reason='error'``, not an exception.
+        A failure of the request is an output with ``finish_reason='error'`` for each answer, not an exception.
+        ``gen.n`` has been checked (:func:`lmdeploy.frontend.params.check`).
         """
         try:
-            prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, sequence_start=sequence_start,
-                                    tools=tools, enable_thinking=enable_thinking)
-            answers = await self.submit(prepared, salt=salt)
+            prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, tools=tools,
+                                    enable_thinking=enable_thinking)
+            answers = await self.submit(prepared, salt=salt, name=name)
         except LmdeployError as error:
-            for choice in range(gen.n if isinstance(gen.n, int) else 1):
+            for choice in range(gen.n):
                 yield RequestOutput('', [], 0, 0, choice, 'error', error=error)
             return
         async with aclosing(answers):
@@ -238,11 +241,17 @@ class AsyncFrontend:
                       choice: int) -> AsyncGenerator[RequestOutput, None]:
         text = AnswerText(Detokenizer(self.tokenizer, rules.skip_special_tokens, rules.spaces_between_special_tokens,
                                       continues=rules.continues),
-                          StopFilter(rules.stops, rules.include_stop))
+                          StopFilter(rules.stops, rules.include_stop), request.params.min_new_tokens)
         prompt_len, want_logprobs = len(request.tokens), request.params.logprobs >= 0
         logits: list[Any] = []
         hidden: list[Any] = []
         generated = cached = 0
+
+        def rows(pieces: list[Any], wanted: Rows) -> Any:
+            """All rows; those of tokens that a stop text cut off are not part of the answer."""
+            count = generated if wanted == 'generation' else prompt_len + max(generated - 1, 0)
+            return _concat(pieces)[:count] if pieces and count else None
+
         stream = self.client.submit(request)
         try:
             async with aclosing(stream):
@@ -264,12 +273,21 @@ class AsyncFrontend:
                     yield RequestOutput(
                         piece.text, piece.token_ids, prompt_len, generated, choice, reason,
                         logprobs=piece.logprobs if want_logprobs else None,
-                        logits=_concat(logits) if last else None, hidden=_concat(hidden) if last else None,
+                        logits=rows(logits, request.params.output_logits) if last else None,
+                        hidden=rows(hidden, request.params.output_hidden) if last else None,
                         error=finish.error if finish else None, cached_tokens=cached)
                     if last:
                         return
         except (RequestError, EngineDead) as error:
             yield RequestOutput('', [], prompt_len, generated, choice, 'error', error=error, cached_tokens=cached)
+
+
+def _chars(content: Any) -> int:
+    """Characters of a message's content, which may yet turn out to be no valid one."""
+    if isinstance(content, str):
+        return len(content)
+    texts = (part.get('text') for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 @dataclass(slots=True)
@@ -290,11 +308,13 @@ class AnswerText:
     """Turns an answer's tokens into text that never contains, nor ever takes back, a part of a stop text.
 
     Tokens are released together with their text: a token counts as part of the answer when some of its text does, so
-    that text, token ids and log-probabilities are always cut at the same place.
+    that text, token ids and log-probabilities are always cut at the same place. The text of the first ``min_tokens``
+    tokens is not searched.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopFilter) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopFilter, min_tokens: int = 0) -> None:
         self.detokenizer, self.stops = detokenizer, stops
+        self._unsearched = min_tokens
         self.stopped: str | None = None
         self._seen = 0  # characters detokenised
         self._shown = 0  # characters released
@@ -323,7 +343,11 @@ class AnswerText:
         start, self._seen = self._seen, self._seen + len(new)
         if token is not None:
             self._held.append((start, self._seen, token, logprobs))
-        shown, self.stopped = self.stops.push(new) if new else ('', None)
+            self._unsearched -= 1
+        if self._unsearched >= 0 and token is not None:
+            shown = new
+        else:
+            shown, self.stopped = self.stops.push(new) if new else ('', None)
         self._shown += len(shown)
         piece = Piece(shown)
         self._release(piece, everything=False)

@@ -51,10 +51,15 @@ class Session:
             self.history.append((self._prompt, response.text))
             self._step = response.input_token_len + response.generate_token_len
 
-    def close(self) -> None:
-        """Forget the conversation; a running turn is stopped."""
+    def stop(self) -> None:
+        """Stop a running turn; what it said so far joins the history."""
         if self.generator is not None:
             self.generator.close()  # type: ignore[attr-defined]
+            self.generator = None
+
+    def close(self) -> None:
+        """Forget the conversation; a running turn is stopped."""
+        self.stop()
         self.history.clear()
         self._step, self._prompt, self._response, self.generator = 0, None, None, None
 

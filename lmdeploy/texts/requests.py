@@ -69,4 +69,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'session {session_id} is generating already. Wait for it, or stop it first.',
         'zh': '会话 {session_id} 正在生成。请等待其结束,或先停止它。',
     },
+    'LMD-319': {
+        'en': 'a turn of a conversation is one text or one list of messages and gets one answer, but {given} was '
+              'given. Call the pipeline itself, pipe(...), for that.',
+        'zh': '对话的一轮应为一段文本或一个消息列表,且只有一个回答,但收到的是 {given}。此类请求请直接调用 pipe(...)。',
+    },
 }

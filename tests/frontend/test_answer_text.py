@@ -21,8 +21,8 @@ class Plain:
         return ''
 
 
-def show(chunks, stops, include=False):
-    answer = AnswerText(Plain(), StopFilter(stops, include))
+def show(chunks, stops, include=False, min_tokens=0):
+    answer = AnswerText(Plain(), StopFilter(stops, include), min_tokens)
     text, tokens = '', []
     for chunk in chunks:
         piece = answer.push(chunk, [{t: 0.0} for t in chunk])
@@ -71,3 +71,11 @@ def test_tokens_are_held_with_their_text():
     piece = answer.push([0])  # 'aba': the first two are certain now
     assert (piece.text, piece.token_ids) == ('ab', [0, 1])
     assert (answer.flush().text, answer.stopped) == ('a', None)
+
+
+@given(tokens=TOKENS, stops=STOPS, most=st.integers(0, 6))
+def test_the_first_tokens_are_not_searched_for_stops(tokens, stops, most):
+    chunks = [[t] for t in tokens]
+    text, kept, stopped = show(chunks[most:], stops)
+    free = ''.join(PIECES[t] for t in tokens[:most])
+    assert show(chunks, stops, min_tokens=most) == (free + text, tokens[:most] + kept, stopped)
