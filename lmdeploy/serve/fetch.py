@@ -19,6 +19,7 @@ from lmdeploy.errors import ConfigError, LmdeployError
 CONNECT_SECONDS = 10.0
 UNSPECIFIED = {'0.0.0.0': '127.0.0.1', '::': '::1'}  # where a server listens on all addresses, it does on loopback
 MAX_DETAIL = 500
+PIECE_BYTES = 1 << 16
 
 
 class ServerConnectionError(LmdeployError, ConnectionError):
@@ -91,14 +92,23 @@ class Response:
         Raises:
             ServerConnectionError: LMD-582.
         """
-        while True:
-            try:
-                line = self._response.readline()
-            except (OSError, http.client.HTTPException) as error:
-                raise self._lost(error) from error
-            if not line:
-                return
-            yield line.decode('utf-8', 'replace').rstrip('\r\n')
+        rest = b''
+        while piece := self._piece():
+            *lines, rest = (rest + piece).split(b'\n')
+            for line in lines:
+                yield line.decode('utf-8', 'replace').removesuffix('\r')
+        if rest:
+            yield rest.decode('utf-8', 'replace')
+
+    def _piece(self) -> bytes:
+        """What has come; empty at the end. (``readline`` takes a broken chunked body for a complete one.)"""
+        try:
+            piece = self._response.read1(PIECE_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._lost(error) from error
+        if not piece and self._response.length:
+            raise self.lost(f'{self._response.length} bytes are missing')
+        return piece
 
     def lost(self, reason: str) -> ServerConnectionError:
         """The error of an answer that ended too early."""

@@ -147,7 +147,7 @@ def chat_plan(body: ChatRequest, limits: Limits, parsers: ParserNames) -> ChatPl
     Raises:
         HttpError: LMD-512, LMD-513.
     """
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:  # LMDeploy's client always sends a 0
         raise HttpError('LMD-512', param='top_logprobs', reason='it needs logprobs to be true')
     gen = sampling(body, limits, max_new_tokens=or_default(body.max_completion_tokens, body.max_tokens),
                    logprobs=(body.top_logprobs or 0) if body.logprobs else None)
