@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
+
+import numpy as np
+
+BETWEEN = b'\xff'  # a byte that no word has, as words are UTF-8
 
 
 class Decoder(Protocol):
@@ -25,7 +30,8 @@ class BadWords:
 
     def __init__(self, words: Sequence[str], tokenizer: Decoder, prompt_len: int) -> None:
         self.texts = tuple(words)  # with prompt_len all that another process needs to build the same
-        self.words = [_Word(word.encode(), tokenizer) for word in words]
+        vocabulary = _vocabulary(tokenizer)  # made here rather than in the engine's thread, which would stand still
+        self.words = [_Word(word.encode(), vocabulary) for word in words]
         self.tokenizer = tokenizer
         self.prompt_len = prompt_len
 
@@ -45,8 +51,8 @@ class BadWords:
 class _Word:
     """One word's automaton and, per state, the tokens that would complete it."""
 
-    def __init__(self, text: bytes, tokenizer: Decoder) -> None:
-        self.text, self.tokenizer = text, tokenizer
+    def __init__(self, text: bytes, vocabulary: _Vocabulary) -> None:
+        self.text, self.vocabulary = text, vocabulary
         self.failure = [0] * len(text)
         for i in range(1, len(text)):
             self.failure[i] = self._advance(self.failure[i - 1], text[i])
@@ -66,25 +72,49 @@ class _Word:
     def completing(self, state: int) -> list[int]:
         """The tokens that complete the word when ``state`` bytes of it stand already."""
         if state not in self.cache:
-            # every state that a mismatch can fall back to, and the word whole within the token
-            endings, at = [], state
-            while at:
-                endings.append(self.text[at:])
-                at = self.failure[at - 1]
-            prefixes = tuple(endings)
-            self.cache[state] = [
-                i for i, piece in enumerate(_pieces(self.tokenizer))
-                if self.text in piece or (prefixes and piece.startswith(prefixes))
-            ]
+            # the word whole within the token, and every state that a mismatch can fall back to
+            if state == 0:
+                self.cache[0] = self.vocabulary.containing(self.text)
+            else:
+                at, completing = state, set(self.completing(0))
+                while at:
+                    completing.update(self.vocabulary.starting_with(self.text[at:]))
+                    at = self.failure[at - 1]
+                self.cache[state] = list(completing)
         return self.cache[state]
 
 
-_vocabularies: WeakKeyDictionary[Decoder, list[bytes]] = WeakKeyDictionary()
+class _Vocabulary:
+    """The bytes of every token, indexed so that a part of a word is looked up at once and not token by token."""
+
+    def __init__(self, tokenizer: Decoder) -> None:
+        pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self._joined = BETWEEN.join(pieces)
+        self._ends = np.cumsum([len(piece) + 1 for piece in pieces])
+        self._order = sorted(range(len(pieces)), key=pieces.__getitem__)
+        self._sorted = [pieces[i] for i in self._order]
+
+    def containing(self, text: bytes) -> list[int]:
+        """The tokens that ``text`` (not empty) is a part of."""
+        hits = []
+        at = self._joined.find(text)
+        while at >= 0:
+            hits.append(at)
+            at = self._joined.find(text, at + len(text))
+        return np.unique(self._ends.searchsorted(np.array(hits, np.int64), 'right')).tolist()
+
+    def starting_with(self, text: bytes) -> list[int]:
+        """The tokens that begin with ``text``, which is not empty."""
+        after = text[:-1] + bytes([text[-1] + 1])
+        return self._order[bisect_left(self._sorted, text):bisect_left(self._sorted, after)]
 
 
-def _pieces(tokenizer: Decoder) -> list[bytes]:
-    """The bytes of every token, spelled out once per tokenizer."""
-    pieces = _vocabularies.get(tokenizer)
-    if pieces is None:
-        pieces = _vocabularies[tokenizer] = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    return pieces
+_vocabularies: WeakKeyDictionary[Decoder, _Vocabulary] = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: Decoder) -> _Vocabulary:
+    """The index of a tokenizer's tokens, made once."""
+    found = _vocabularies.get(tokenizer)
+    if found is None:
+        found = _vocabularies[tokenizer] = _Vocabulary(tokenizer)
+    return found

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lmdeploy.frontend.bad_words import BadWords
 
-PIECES = [b'', b'a', b'b', b'c', b'ab', b'ba', b'abc', b'aab', b'cab', b'bca', b'\xe4\xbd', b'\xa0']
+PIECES = [b'', b'a', b'b', b'c', b'ab', b'ba', b'abc', b'aab', b'cab', b'bca',
+          b'\xe4\xbd', b'\xa0', b'\xff', b'c\xffa', b'a\xff', b'ababab']
 WORDS = ['a', 'ab', 'aab', 'abab', 'abcab', 'bcab', '你']
 
 
