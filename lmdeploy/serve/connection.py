@@ -31,7 +31,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope['extensions'] = {'lmdeploy.abort': self.transport.abort}  # type: ignore[typeddict-item]
+        self.scope['extensions'] = {'lmdeploy.abort': self.transport.abort}  # type: ignore[dict-item]
         self._header_size = 0
         self._expect_header()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,12 +24,12 @@ STYLE = ('body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem au
          'vertical-align:top}b{display:inline-block;min-width:3.5rem}i{color:#777}')
 
 
-def document(router: Router) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of all routes."""
+def document(router: Router, models: Sequence[str]) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of all routes; ``models`` are the values of every field ``model``."""
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     for route in router:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas, models)
     return {
         'openapi': '3.1.0',
         'info': {'title': 'lmdeploy', 'version': __version__},
@@ -39,7 +40,7 @@ def document(router: Router) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+def _operation(route: Route, schemas: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
     answer: dict[str, Any] = {'description': 'done'}
     if route.answer is not None:
         (schema,), found = msgspec.json.schema_components([route.answer], ref_template='#/components/schemas/{name}')
@@ -56,6 +57,8 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     if route.body is not None:
         schema = route.body.model_json_schema(ref_template=REFERENCE)
         schemas.update(schema.pop('$defs', {}))
+        if 'model' in schema['properties']:
+            schema['properties']['model']['enum'] = list(models)
         schemas[route.body.__name__] = schema
         operation['requestBody'] = {'required': True, 'content': {
             'application/json': {'schema': {'$ref': REFERENCE.format(model=route.body.__name__)}}}}
@@ -65,15 +68,16 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 class Docs:
     """The handlers. The pages are made once, when they are first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[str]) -> None:
         self.router = Router(())
+        self._models = models
         self._document = b''
         self._page = b''
 
     async def openapi(self, request: Request) -> Reply:
         """The description, for tools."""
         if not self._document:
-            self._document = json.dumps(document(self.router)).encode()
+            self._document = json.dumps(document(self.router, self._models)).encode()
         return Reply(self._document)
 
     async def page(self, request: Request) -> Reply:

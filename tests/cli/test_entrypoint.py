@@ -73,7 +73,7 @@ def test_version(flag):
 
 
 def test_an_unknown_command_names_those_that_exist():
-    out = run('serve')
+    out = run('fly')
     assert out.returncode == 2
     assert all(name in out.stderr for name in COMMANDS)
     assert 'Traceback' not in out.stderr

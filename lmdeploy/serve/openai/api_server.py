@@ -22,7 +22,7 @@ def create_app(context: ServerContext) -> App:
     """The ASGI application of a server."""
     found = [*inference_routes(context), *operation_routes(context)]
     if context.docs:
-        docs = Docs()
+        docs = Docs(context.model_names)
         found += [Route('GET', '/openapi.json', docs.openapi, Access.USER, 'this interface, for tools'),
                   Route('GET', '/docs', docs.page, Access.USER, 'this interface, for readers')]
         docs.router = router = Router(found)

@@ -77,7 +77,7 @@ class Completions:
 
     def _readers(self, body: CompletionRequest, works: list[Work], answers: Answers) -> list[_Reader]:
         tokenizer = self.context.frontend_loaded().tokenizer
-        readers = []
+        readers: list[_Reader] = []
         for work, prepared in zip(works, answers.prepared):
             echo = ''
             if body.echo:

@@ -33,7 +33,9 @@ class Generate:
         pieces = self._pieces(request, body, work)
         if body.stream:
             return Stream(_events(pieces), lambda error: error_event(error, request.id))
-        text, ids, scores, tops = '', [], [], []
+        text, ids = '', []
+        scores: list[tuple[float, int]] = []
+        tops: list[list[tuple[float, int]]] = []
         meta = None
         async for piece in pieces:
             text, meta = text + piece.text, piece.meta_info
