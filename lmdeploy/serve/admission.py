@@ -83,7 +83,9 @@ class Admission:
             HttpError: LMD-515, the queue is full; LMD-516, the key's allowance is used up.
         """
         use = self._allow(caller)
-        if self.waiting and self.waiting + answers > self.limits.queue:
+        places = min(self.most or self.batch, self.batch)
+        taken = self.running + self.queued
+        if taken and taken + answers - places > self.limits.queue:  # whoever comes first is never too large
             raise HttpError('LMD-515', waiting=self.waiting, most=self.limits.queue, retry_after=self._retry())
         use.running += 1
         started = self.clock()

@@ -23,7 +23,7 @@ class Limits:
     """Every entry is an upper bound. ``0`` means no limit where that is possible."""
 
     # a request as bytes
-    body_bytes: int = _limit(32 * MIB, 'bytes', 'body of a request')
+    body_bytes: int = _limit(8 * MIB, 'bytes', 'body of a request')
     header_bytes: int = _limit(64 << 10, 'bytes', 'all header fields together')
     header_count: int = _limit(100, 'fields', 'header fields')
     json_depth: int = _limit(64, 'levels', 'nesting of a JSON body')

@@ -7,6 +7,7 @@ import json
 import socket
 import time
 
+import httpx
 import openai
 import pytest
 import requests
@@ -248,3 +249,44 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(serve):
         running.thread.join(10)
         assert time.monotonic() - start < 5
     assert server.context.metrics.cancelled == 1
+
+
+def test_a_crowd_of_clients_that_stream_wait_and_leave_loses_nothing(serve):
+    server = serve(step_seconds=0.0005, max_batch_size=16, num_blocks=300)
+    outcomes: list[str] = []
+
+    async def one(http: httpx.AsyncClient, i: int) -> None:
+        body = CHAT | {'max_tokens': 1 + i % 40, 'ignore_eos': True, 'stream': i % 3 == 0, 'n': 1 + (i % 7 == 0)}
+        if i % 10 == 9:
+            try:
+                await asyncio.wait_for(http.post('/v1/chat/completions', json=body | {'max_tokens': 200}), 0.02)
+            except (asyncio.TimeoutError, httpx.HTTPError):
+                outcomes.append('left')
+            return
+        answer = await http.post('/v1/chat/completions', json=body)
+        assert answer.status_code == 200
+        if body['stream']:
+            assert answer.text.endswith('data: [DONE]\n\n')
+            outcomes.append('streamed')
+        else:
+            assert answer.json()['usage']['completion_tokens'] == body['max_tokens'] * body['n']
+            outcomes.append('waited')
+
+    async def main(url: str) -> None:
+        jobs = iter(range(400))
+
+        async def worker() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+                for i in jobs:
+                    await one(http, i)
+
+        await asyncio.gather(*(worker() for _ in range(24)))
+
+    with live(server) as running:
+        asyncio.run(asyncio.wait_for(main(running.url), 60))
+        assert server.settled()
+        metrics = server.context.metrics
+        metrics.check()
+        assert (metrics.finished, metrics.failed) == (360, 0) and outcomes.count('left') == 40
+        assert not any(status >= 500 for status in metrics.responses)
+        assert server.context.admission.running == server.context.admission.queued == 0
