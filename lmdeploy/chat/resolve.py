@@ -16,7 +16,7 @@ from lmdeploy.chat.builtin import MODELS, match_name
 from lmdeploy.chat.config import ChatTemplateConfig
 from lmdeploy.chat.template import ChatTemplate
 from lmdeploy.chat.trust import ControlStrings
-from lmdeploy.errors import TemplateError
+from lmdeploy.errors import ConfigError, TemplateError
 from lmdeploy.log import get_logger
 
 END_OF_TURN = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|eot|>', '<end_of_turn>', '<turn|>', '<|end|>',
@@ -50,9 +50,13 @@ def resolve_template(model_path: str, tokenizer: TokenizerFacts,
         config: what the user chose; None: nothing.
 
     Raises:
+        ConfigError: LMD-228, ``config`` is something else.
         TemplateError: LMD-172 to LMD-174 and LMD-178, the model's own template is not usable; LMD-185, ``'hf'`` was
             asked for and there is none.
     """
+    if config is not None and not isinstance(config, ChatTemplateConfig):
+        raise ConfigError('LMD-228', field='chat_template_config', given=type(config).__name__,
+                          wanted='a ChatTemplateConfig')
     strings = ControlStrings(tokenizer.control_tokens, tokenizer.special_tokens)
     if config is not None and config.model_name != 'hf':
         return ChatTemplate(config.model_name, config.chat_template, strings, add_bos=True)

@@ -7,7 +7,9 @@ names the field. Nothing is accepted and ignored in silence.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -23,6 +25,7 @@ Fate = Literal['honoured', 'hint', 'elsewhere', 'refused']
 DTYPES = {'auto': 'auto', 'float16': 'float16', 'bfloat16': 'bfloat16', 'float32': 'float32', 'half': 'float16',
           'fp16': 'float16', 'bf16': 'bfloat16', 'fp32': 'float32'}
 DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public default, means the best device there is
+LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 EXECUTORS = {None: 'local', 'uni': 'local'}
 QUANT_POLICIES = {0: 0}
 MODEL_FORMATS = {None: None, 'hf': None}
@@ -84,6 +87,12 @@ def _block_size(name: str, value: Any) -> dict[str, Any]:
     raise ConfigError('LMD-224', field=name, value=value)
 
 
+def _folder(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ConfigError('LMD-228', field=name, given=type(value).__name__, wanted='the path of a folder')
+    return {}
+
+
 def _rope_factor(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or 1 <= value <= 1024):
         return {'rope_scaling_factor': float(value)}
@@ -110,7 +119,7 @@ SHARED = {
     'quant_policy': _choice('quant_policy', QUANT_POLICIES),
     'max_prefill_token_num': _count('max_step_tokens', zero=None),
     'model_format': _choice('model_format', MODEL_FORMATS),
-    'download_dir': ELSEWHERE,
+    'download_dir': Rule('elsewhere', _folder),
     'revision': ELSEWHERE,
     'dp': REFUSED,
     'ep': REFUSED,
@@ -158,6 +167,18 @@ PYTORCH = SHARED | {
     'enable_mp_engine': HINT,
 }
 TABLES: dict[type, dict[str, Rule]] = {TurbomindEngineConfig: TURBOMIND, PytorchEngineConfig: PYTORCH}
+
+
+def log_level_of(value: Any) -> int:
+    """The number of a log level that is given by name (``'WARNING'``) or number.
+
+    Raises:
+        ConfigError: LMD-221: it is none.
+    """
+    number = logging.getLevelName(value.upper()) if isinstance(value, str) else value
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ConfigError('LMD-221', field='log_level', value=value, choices=', '.join(map(repr, LOG_LEVELS)))
+    return number
 
 
 def normalise(public: PublicConfig | None) -> EngineConfig:

@@ -36,4 +36,8 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'engine option {field}={value!r} is not supported by this version. Leave it at {default!r}.',
         'zh': '此版本不支持引擎选项 {field}={value!r}。请保留默认值 {default!r}。',
     },
+    'LMD-228': {
+        'en': '{field} is a {given}, but must be {wanted}.',
+        'zh': '{field} 的类型是 {given},应为 {wanted}。',
+    },
 }
