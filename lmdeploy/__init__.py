@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy.version import __version__, version_info
 
 if TYPE_CHECKING:
-    from lmdeploy.api import pipeline
+    from lmdeploy.api import client, pipeline, serve
     from lmdeploy.messages import (
         GenerationConfig,
         PytorchEngineConfig,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     'pipeline': 'lmdeploy.api',
+    'client': 'lmdeploy.api',
     'Pipeline': 'lmdeploy.pipe',
     'Tokenizer': 'lmdeploy.tokenizer',
     'ChatTemplateConfig': 'lmdeploy.model',
@@ -45,12 +46,16 @@ __all__ = [
     'TurbomindEngineConfig',
     'VisionConfig',
     '__version__',
+    'client',
     'pipeline',
+    'serve',
     'version_info',
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == 'serve':  # a package and a function at once
+        return import_module('lmdeploy.serve')
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

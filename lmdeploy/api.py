@@ -1,17 +1,23 @@
-"""pipeline(): from a model's name to a Pipeline, and the one place where its parts are put together."""
+"""pipeline(), serve() and client(): from a model's name to answers, here or behind a server.
+
+This is the one place where the parts of a pipeline are put together.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmdeploy import log
-from lmdeploy.config.options import PublicConfig, log_level_of, normalise
+from lmdeploy.config.options import PublicConfig, normalise
+from lmdeploy.errors import ConfigError
 from lmdeploy.messages import PytorchEngineConfig, VisionConfig
 
 if TYPE_CHECKING:
     from lmdeploy.executor.base import Capacity
     from lmdeploy.model import ChatTemplateConfig
     from lmdeploy.pipe import Pipeline
+    from lmdeploy.serve.launch import ServingClient
+    from lmdeploy.serve.openai.api_client import APIClient
 
 
 def pipeline(model_path: str, backend_config: PublicConfig | None = None,
@@ -34,7 +40,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
         SourceError, ConfigError, LoadError, TemplateError: what is wrong with the model or an option, before its
             weights load.
     """
-    log.set_level(log_level_of(log_level))
+    log.set_level(log_level)
     logger = log.get_logger()
     if trust_remote_code:
         logger.warning('trust_remote_code changes nothing: code in a model folder is never run')
@@ -78,3 +84,65 @@ def start_line(capacity: Capacity) -> str:
     parts.append(f'{tokens:,} tokens of KV cache ({capacity.kv_bytes / 2**30:.1f} GiB)')
     parts.append(f'batch {capacity.max_batch_size}, session {capacity.session_len}')
     return 'engine: ' + ', '.join(parts)
+
+
+def serve(model_path: str, model_name: str | None = None, backend: Literal['turbomind', 'pytorch'] = 'turbomind',
+          backend_config: PublicConfig | None = None, chat_template_config: ChatTemplateConfig | None = None,
+          server_name: str = '127.0.0.1', server_port: int = 23333, log_level: str = 'ERROR',
+          api_keys: list[str] | str | None = None, ssl: bool = False) -> ServingClient:
+    """Start ``lmdeploy serve api_server`` as a child process, wait until it serves, and return a client of it.
+
+    The server ends with :meth:`ServingClient.close`, at the end of a ``with`` block, or with this program. Scripts need
+    no ``if __name__ == '__main__':`` guard.
+
+    Args:
+        model_path: as for :func:`pipeline`; also the model's name in requests, unless ``model_name`` is given.
+        backend: under whose names the engine is configured; the type of ``backend_config`` goes before it.
+        chat_template_config: a chat template by name or in parts. The server does not know templates that only this
+            program has registered.
+        server_name: the address to listen on; ``'0.0.0.0'``: all of this machine.
+        server_port: 0: any free one, see the client's ``api_server_url``.
+        log_level: of the server, which logs to stderr.
+        api_keys: a list, or text with commas; None: those of ``LMDEPLOY_API_KEYS``, if any. The client has the first.
+        ssl: TLS with the files that ``SSL_KEYFILE`` and ``SSL_CERTFILE`` name; the client trusts that certificate.
+
+    Raises:
+        ConfigError: LMD-501, the port is in use; LMD-585, an engine option that the server has no flag for; LMD-586.
+        LmdeployError: whatever else the server says is wrong with the model or an option.
+    """
+    from lmdeploy.cli.command import engine_flags, template_flags
+    from lmdeploy.config import env
+    from lmdeploy.serve.launch import ServerProcess, ServingClient, trust
+    from lmdeploy.serve.lifecycle import bind
+
+    keys = api_keys.split(',') if isinstance(api_keys, str) else api_keys or env.api_keys()
+    if any(mark in key for key in keys for mark in ',\r\n'):
+        raise ConfigError('LMD-586')
+    flags = ['--backend', backend] if backend_config is None else engine_flags(backend_config)
+    flags += template_flags(chat_template_config)
+    flags += ['--ssl'] if ssl else []
+    flags += ['--model-name', model_name] if model_name is not None else []
+    with bind(server_name, server_port) as sock:  # a server of another program must not be taken for this one
+        port = sock.getsockname()[1]
+    process = ServerProcess(['serve', 'api_server', model_path, '--server-name', server_name, '--server-port',
+                             str(port), '--log-level', log_level, '--drain-timeout', '5', *flags], keys)
+    host = f'[{server_name}]' if ':' in server_name else server_name
+    client = ServingClient(process, f'http{"s" if ssl else ""}://{host}:{port}', keys[0] if keys else None,
+                           tls=trust(env.tls_files()[1]) if ssl else None)
+    try:
+        client.wait()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def client(api_server_url: str = 'http://0.0.0.0:23333', api_key: str | None = None) -> APIClient:
+    """A client of a running server; see :class:`lmdeploy.serve.openai.api_client.APIClient`.
+
+    Raises:
+        ConfigError: LMD-581, the address is none.
+    """
+    from lmdeploy.serve.openai.api_client import APIClient
+
+    return APIClient(api_server_url, api_key)

@@ -22,7 +22,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -101,8 +101,8 @@ def add_common(parser: argparse.ArgumentParser, suppress: bool) -> None:
                        help='show the traceback of an error')
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code; every error ends on one screen."""
+def main(argv: Sequence[str] | None = None, report: Callable[[LmdeployError], None] | None = None) -> int:
+    """Run one command line and return its exit code; every error ends on one screen, or where ``report`` takes it."""
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(argv)
     if not argv:
@@ -124,10 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the outermost frame: whatever it is becomes one screen and an exit code
         if args.debug:
             traceback.print_exc()
+        tell = report or screen.error
         if isinstance(error, LmdeployError):
-            screen.error(error)
+            tell(error)
             return exit_code(error)
-        screen.error(LmdeployError('LMD-401', kind=type(error).__name__, message=error))
+        tell(LmdeployError('LMD-401', kind=type(error).__name__, message=error))
         return EXIT_BUG
 
 
