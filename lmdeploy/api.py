@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmdeploy import log
-from lmdeploy.config.options import PublicConfig, normalise
+from lmdeploy.config.options import PublicConfig, log_level_of, normalise
 from lmdeploy.errors import ConfigError
 from lmdeploy.messages import PytorchEngineConfig, VisionConfig
 
@@ -40,7 +40,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
         SourceError, ConfigError, LoadError, TemplateError: what is wrong with the model or an option, before its
             weights load.
     """
-    log.set_level(log_level)
+    log.set_level(log_level_of(log_level))
     logger = log.get_logger()
     if trust_remote_code:
         logger.warning('trust_remote_code changes nothing: code in a model folder is never run')
