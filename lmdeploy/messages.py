@@ -77,6 +77,23 @@ class GenerationConfig:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
 
+    def convert_stop_bad_words_to_ids(self, tokenizer: Any) -> None:
+        """Add to ``stop_token_ids`` and ``bad_token_ids`` the tokens that are stop and bad words.
+
+        Nothing needs it: words of any length are found in the text. It is there for callers that want the ids.
+        """
+        for words, ids in (('stop_words', 'stop_token_ids'), ('bad_words', 'bad_token_ids')):
+            found = [token for word in getattr(self, words) or () for token in tokenizer.indexes_containing_token(word)]
+            if found:
+                setattr(self, ids, sorted({*(getattr(self, ids) or ()), *found}))
+
+    def update_from_hf_gen_cfg(self, generation_config: dict[str, Any], tokenizer_eos_token_id: int | None) -> None:
+        """Add to ``stop_token_ids`` the end tokens of the tokenizer and of a generation_config.json."""
+        given = generation_config.get('eos_token_id')
+        ends = {*(given if isinstance(given, (list, tuple)) else (given,)), tokenizer_eos_token_id} - {None}
+        if ends:
+            self.stop_token_ids = sorted({*(self.stop_token_ids or ()), *ends})
+
 
 @dataclass
 class TurbomindEngineConfig:
