@@ -25,6 +25,8 @@ from lmdeploy.serve.http import CLOSE, JSON, Message, Receive, Reply, Request, S
 from lmdeploy.serve.routes import Route, Router
 from lmdeploy.serve.sse import Writer
 
+PROBES = ('/health', '/ready', '/metrics')
+"""Asked every few seconds by machines; not logged."""
 SAFE = ((b'x-content-type-options', b'nosniff'),)
 
 
@@ -116,9 +118,11 @@ class App:
     def _record(self, request: Request, exchange: _Exchange) -> None:
         context, status = self.context, exchange.status
         context.metrics.responses[status] += 1
+        if request.path in PROBES:
+            return
         get_logger().info('%s %s %r %d %s %.3f s', request.id, request.method[:16], request.path[:200], status,
                           request.caller.id, time.monotonic() - request.started)
-        if context.audit is None or request.path in ('/health', '/ready', '/metrics'):
+        if context.audit is None:
             return
         client = request.scope.get('client')
         outcome = exchange.code or request.outcome or ('finished' if status < 400 else 'rejected')

@@ -25,10 +25,12 @@ class Connection:
         self.reading = asyncio.Event()
         self.reading.set()
         self.sent: list[dict] = []
+        self.dropped = False
         self._body = json.dumps(body).encode()
         self._asked = False
         scope = {'type': 'http', 'method': 'POST', 'path': path, 'client': ('127.0.0.1', 1),
-                 'headers': [(b'host', b'127.0.0.1'), (b'content-type', b'application/json')]}
+                 'headers': [(b'host', b'127.0.0.1'), (b'content-type', b'application/json')],
+                 'extensions': {'lmdeploy.abort': self._drop}}
         self.task = asyncio.ensure_future(server.app(scope, self._receive, self._send))
 
     async def _receive(self):
@@ -37,6 +39,9 @@ class Connection:
             return {'type': 'http.request', 'body': self._body, 'more_body': False}
         await self.left.wait()
         return {'type': 'http.disconnect'}
+
+    def _drop(self) -> None:
+        self.dropped = True
 
     async def _send(self, message):
         await self.reading.wait()
@@ -142,7 +147,8 @@ def test_a_reader_that_stops_is_given_up_and_nobody_else_notices(serve):
         assert good.ended and good.text.endswith('data: [DONE]\n\n')
         await asyncio.wait_for(slow.task, 5)
         await freed(server)
-        assert not slow.ended and '[DONE]' not in slow.text
+        assert slow.dropped and not slow.ended and '[DONE]' not in slow.text
+        assert not good.dropped
 
     run(main())
     metrics = server.context.metrics
