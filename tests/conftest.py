@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from lmdeploy.hub.resolve import resolve
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """A test that changes the level of the package's logger changes it for itself only."""
+    logger = logging.getLogger('lmdeploy')
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope='session')

@@ -208,7 +208,7 @@ def test_a_conversation_remembers(build):
 
 
 def test_closing_a_stream_stops_the_request(build):
-    pipe = build()
+    pipe = build(poisoned=lambda ids: time.sleep(0.02) or False)  # slow enough to be stopped half-way
     stream = pipe.stream_infer([5], gen_config=GenerationConfig(max_new_tokens=80))
     next(stream)
     stream.close()
