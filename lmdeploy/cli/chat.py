@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]  # one letter missing, not all
     config, template = engine_config(args), template_config(args)
-    question, reader = _source(args.question)
+    question, reader = source(args.question)
     terminal = reader is None and question is None
     alias = _model(args.model, terminal, screen)
     pipe, seconds = _load(alias, args, config, template, screen)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         return _talk(pipe, args, screen, question, reader, seconds)
 
 
-def _source(question: str | None) -> tuple[str | None, Reader | None]:
+def source(question: str | None) -> tuple[str | None, Reader | None]:
     """The first question and where more come from; neither: a terminal, which is opened when the model is ready.
 
     Raises:

@@ -1,18 +1,46 @@
 """Conversation: what was said so far in the terminal, and asking for the next answer.
 
-It stands on the frontend rather than on ``Pipeline.chat``, because the frontend hands over an error as an object, which
-can be told in either language, and takes a system prompt that changes between turns.
+:class:`Talk` is what the loop asks of one; :class:`Conversation` is that with a model in this process. It stands on the
+frontend rather than on ``Pipeline.chat``, because the frontend hands over an error as an object, which can be told in
+either language, and takes a system prompt that changes between turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lmdeploy.frontend.bridge import LoopThread
 from lmdeploy.frontend.frontend import AsyncFrontend, RequestOutput
 from lmdeploy.frontend.prompts import Prompt
 from lmdeploy.messages import GenerationConfig
+
+
+class Talk(Protocol):
+    """A conversation with a model, wherever that is.
+
+    Attributes:
+        gen: how answers are generated; may be replaced between turns.
+        system: the system prompt; None leaves it to the template. May be replaced, too.
+        turns: user and assistant messages, alternating.
+        vocab_size: of the model.
+    """
+
+    gen: GenerationConfig
+    system: str | None
+    turns: list[dict[str, str]]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def ask(self, question: str) -> Iterator[RequestOutput]:
+        """The pieces of the answer; closing the iterator, or an interrupt, stops it."""
+        ...
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt and the settings stay."""
+        ...
 
 
 @dataclass(slots=True)
@@ -31,6 +59,10 @@ class Conversation:
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
     loop: LoopThread = field(default_factory=LoopThread)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.frontend.capacity.vocab_size
 
     def ask(self, question: str) -> Iterator[RequestOutput]:
         """The pieces of the answer.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lmdeploy.cli.conversation import Conversation
+from lmdeploy.cli.conversation import Talk
 from lmdeploy.cli.reader import Reader
 from lmdeploy.cli.screen import Screen, printable
 from lmdeploy.cli.settings import Settings
@@ -53,7 +53,7 @@ class Repl:
         interactive: a person types: an interrupt stops the answer rather than the loop.
     """
 
-    def __init__(self, conversation: Conversation, settings: Settings, screen: Screen, *, terminal: bool,
+    def __init__(self, conversation: Talk, settings: Settings, screen: Screen, *, terminal: bool,
                  interactive: bool) -> None:
         self.conversation, self.settings, self.screen = conversation, settings, screen
         self.terminal, self.interactive = terminal, interactive
@@ -175,7 +175,7 @@ class Repl:
 
     def _set(self, text: str) -> None:
         if text:
-            self.settings = self.settings.change(text.split(), self.conversation.frontend.capacity.vocab_size)
+            self.settings = self.settings.change(text.split(), self.conversation.vocab_size)
         else:
             print('\n'.join(self.settings.lines()), file=sys.stderr)
 

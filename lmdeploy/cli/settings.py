@@ -18,10 +18,15 @@ WORDS = {'on': True, 'True': True, 'off': False, 'False': False, 'none': None, '
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are generated, and whether each is followed by its speed; a value: changing makes a new one."""
+    """How answers are generated, and whether each is followed by its speed; a value: changing makes a new one.
+
+    Attributes:
+        names: the fields of ``gen`` that can be changed.
+    """
 
     gen: GenerationConfig
     verbose: bool = False
+    names: tuple[str, ...] = FIELDS
 
     def change(self, assignments: list[str], vocab_size: int) -> Settings:
         """The settings after ``['temperature=0.2', ...]``; all are applied, or none.
@@ -32,8 +37,8 @@ class Settings:
         verbose, changes = self.verbose, {}
         for assignment in assignments:
             name, _, text = assignment.partition('=')
-            if name not in (*FIELDS, 'verbose'):
-                raise RequestError('LMD-402', name=name, known=', '.join((*FIELDS, 'verbose')))
+            if name not in (*self.names, 'verbose'):
+                raise RequestError('LMD-402', name=name, known=', '.join((*self.names, 'verbose')))
             value = _value(name, text)
             if name != 'verbose':
                 changes[name] = value
@@ -43,11 +48,11 @@ class Settings:
                 raise RequestError('LMD-403', name=name, value=text, what='on / off')
         gen = replace(self.gen, **changes)
         check(gen, vocab_size)
-        return Settings(gen, verbose)
+        return Settings(gen, verbose, self.names)
 
     def lines(self) -> list[str]:
         """One line for each setting, in the form in which ``/set`` takes it."""
-        values = {name: getattr(self.gen, name) for name in FIELDS} | {'verbose': self.verbose}
+        values = {name: getattr(self.gen, name) for name in self.names} | {'verbose': self.verbose}
         return [f'{name}={json.dumps(value, ensure_ascii=False, separators=(",", ":"))}'
                 for name, value in values.items()]
 

@@ -129,6 +129,11 @@ NOTES: dict[str, dict[str, str]] = {
         'zh': '就绪，用时 {seconds:.1f} 秒，上下文 {session_len} 个 token。回车发送，Alt-回车换行，'
               'Ctrl-C 停止回答，/help 查看命令。',
     },
+    'remote_ready': {
+        'en': '{model} at {url}. Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help lists the '
+              'commands.',
+        'zh': '{model}（{url}）。回车发送，Alt-回车换行，Ctrl-C 停止回答，/help 查看命令。',
+    },
     'help': {
         'en': '/help               this list\n'
               '/reset              forget the conversation (also: end)\n'

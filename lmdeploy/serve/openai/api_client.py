@@ -75,14 +75,24 @@ class APIClient:
 
     @property
     def available_models(self) -> list[str] | None:
-        """The names that requests may give as ``model``, asked for once; None if the server refuses to tell: the log
-        says why."""
+        """:meth:`models`; None if the server refuses to tell: the log says why."""
+        try:
+            return self.models()
+        except ServerError as error:
+            get_logger().error('the models of %s are not known: %s', self.api_server_url, error)
+            return None
+
+    def models(self) -> list[str]:
+        """The names that requests may give as ``model``, asked for once.
+
+        Raises:
+            ServerError: the server refuses to tell.
+        """
         if self._models is None:
             with self._fetch('GET', '/v1/models') as response:
                 answer = _value(response)
             if response.status >= 400 or not isinstance(answer.get('data'), list):
-                get_logger().error('the models of %s are not known: %s', self.api_server_url, ServerError(answer))
-                return None
+                raise ServerError(answer)
             self._models = [card['id'] for card in answer['data']]
         return self._models
 
