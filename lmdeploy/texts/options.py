@@ -4,11 +4,11 @@ TEXTS: dict[str, dict[str, str]] = {
     'LMD-220': {
         'en': 'backend_config is a {given}, but must be a TurbomindEngineConfig or a PytorchEngineConfig. '
               'Import one from lmdeploy, or leave it out.',
-        'zh': 'backend_config 是 {given},但应为 TurbomindEngineConfig 或 PytorchEngineConfig。请从 lmdeploy 导入其一,或省略该参数。',
+        'zh': 'backend_config 是 {given}，但应为 TurbomindEngineConfig 或 PytorchEngineConfig。请从 lmdeploy 导入其一，或省略该参数。',
     },
     'LMD-221': {
         'en': 'engine option {field}={value!r} is not possible. Choose one of: {choices}.',
-        'zh': '引擎选项 {field}={value!r} 无效。可选值:{choices}。',
+        'zh': '引擎选项 {field}={value!r} 无效。可选值：{choices}。',
     },
     'LMD-222': {
         'en': 'engine option {field}={value!r} is not possible. Give a whole number from {least} to {most}.',
@@ -17,20 +17,20 @@ TEXTS: dict[str, dict[str, str]] = {
     'LMD-223': {
         'en': 'engine option {field}={value!r} is not possible. Give a share of the free memory between 0 and 1 '
               '(such as 0.8), or a whole number of KV cache blocks.',
-        'zh': '引擎选项 {field}={value!r} 无效。请给出 0 到 1 之间的空闲内存比例(如 0.8),或 KV 缓存块的整数个数。',
+        'zh': '引擎选项 {field}={value!r} 无效。请给出 0 到 1 之间的空闲内存比例（如 0.8），或 KV 缓存块的整数个数。',
     },
     'LMD-224': {
         'en': 'engine option {field}={value!r} is not possible: KV cache pages hold 64 tokens. '
               'Give a multiple of 64, up to 4096.',
-        'zh': '引擎选项 {field}={value!r} 无效:KV 缓存每页 64 个 token。请给出 64 的倍数(至多 4096)。',
+        'zh': '引擎选项 {field}={value!r} 无效：KV 缓存每页 64 个 token。请给出 64 的倍数（至多 4096）。',
     },
     'LMD-225': {
         'en': 'engine option {field}={value!r} is not possible. Give 0.0 (off) or a factor from 1 to 1024.',
-        'zh': '引擎选项 {field}={value!r} 无效。请给出 0.0(关闭)或 1 到 1024 之间的倍数。',
+        'zh': '引擎选项 {field}={value!r} 无效。请给出 0.0（关闭）或 1 到 1024 之间的倍数。',
     },
     'LMD-226': {
         'en': 'engine option {field}={value!r}: this version runs on one device. Set {field}=1.',
-        'zh': '引擎选项 {field}={value!r}:此版本只在单个设备上运行。请设置 {field}=1。',
+        'zh': '引擎选项 {field}={value!r}：此版本只在单个设备上运行。请设置 {field}=1。',
     },
     'LMD-227': {
         'en': 'engine option {field}={value!r} is not supported by this version. Leave it at {default!r}.',
@@ -38,6 +38,6 @@ TEXTS: dict[str, dict[str, str]] = {
     },
     'LMD-228': {
         'en': '{field} is a {given}, but must be {wanted}.',
-        'zh': '{field} 的类型是 {given},应为 {wanted}。',
+        'zh': '{field} 的类型是 {given}，应为 {wanted}。',
     },
 }
