@@ -54,14 +54,16 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     from lmdeploy.hub.resolve import resolve
     from lmdeploy.pipe import Pipeline
     from lmdeploy.tokenizer import Tokenizer
+    from lmdeploy.weights.checkpoint import open_checkpoint
 
     files = resolve(model_path, revision=getattr(backend_config, 'revision', None),
                     download_dir=getattr(backend_config, 'download_dir', None))
-    executor = LocalExecutor(config, files.path)
-    tokenizer = Tokenizer(str(files.path))
-    template = resolve_template(str(files.path), tokenizer, chat_template_config)
-    capacity = executor.start()
-    core = EngineCore(executor, capacity, depth=config.depth or 1, prefix_caching=config.prefix_caching)
+    with open_checkpoint(files.path) as checkpoint:  # every header is sound before anything else is read
+        executor = LocalExecutor(config, files.path, checkpoint=checkpoint)
+        tokenizer = Tokenizer(str(files.path))
+        template = resolve_template(str(files.path), tokenizer, chat_template_config)
+        capacity = executor.start()
+    core = EngineCore(executor, capacity, depth=config.depth_on(capacity.device), prefix_caching=config.prefix_caching)
     client = ThreadClient(core)
 
     def stop() -> None:

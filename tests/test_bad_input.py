@@ -93,10 +93,10 @@ def overlap(header: dict) -> None:
 # what is done to a good model folder, and the code that loading it gives
 FOLDERS = {
     'no config.json': (lambda f: (f / 'config.json').unlink(), 'LMD-103'),
-    'config.json is not JSON': (lambda f: (f / 'config.json').write_text('{"a": '), 'LMD-151'),
-    'config.json is a list': (lambda f: (f / 'config.json').write_text('[]'), 'LMD-151'),
-    'config.json is binary': (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\x00'), 'LMD-151'),
-    'config.json nests deeply': (lambda f: (f / 'config.json').write_text('[' * 100000), 'LMD-151'),
+    'config.json is not JSON': (lambda f: (f / 'config.json').write_text('{"a": '), 'LMD-122'),
+    'config.json is a list': (lambda f: (f / 'config.json').write_text('[]'), 'LMD-122'),
+    'config.json is binary': (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\x00'), 'LMD-122'),
+    'config.json nests deeply': (lambda f: (f / 'config.json').write_text('[' * 100000), 'LMD-122'),
     'unknown architecture': (lambda f: edit(f, architectures=['NopeForCausalLM']), 'LMD-110'),
     'architectures is null': (lambda f: edit(f, architectures=None), 'LMD-112'),
     'unknown rope type': (lambda f: edit(f, rope_parameters=..., rope_scaling={'rope_type': 'spiral', 'factor': 2.0}),

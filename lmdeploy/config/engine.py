@@ -25,3 +25,7 @@ class EngineConfig:
     model_format: str | None = None
     rope_scaling_factor: float = 0.0  # > 1: dynamic NTK by this factor
     depth: int | None = None  # launched, unretired steps: 1 synchronous, 2 overlapped
+
+    def depth_on(self, device: str) -> int:
+        """The depth on ``device``: overlap pays only where a launch returns before the step has run."""
+        return self.depth or (1 if device == 'cpu' else 2)

@@ -105,7 +105,8 @@ def load_engine(load: wire.Load, tell: Callable[[str], None]) -> Engine:
     tell('loading the model')
     tokenizer = _load_tokenizer(path)
     capacity = executor.start()
-    core = EngineCore(executor, capacity, depth=load.config.depth or 1, prefix_caching=load.config.prefix_caching)
+    core = EngineCore(executor, capacity, depth=load.config.depth_on(capacity.device),
+                      prefix_caching=load.config.prefix_caching)
     return Engine(core, executor.model_config.context_len, Intake(tokenizer, capacity.vocab_size), executor.stop)
 
 
