@@ -28,9 +28,11 @@ from lmdeploy.config import env
 from lmdeploy.messages import GenerationConfig
 
 if TYPE_CHECKING:
+    from lmdeploy.cli.settings import Settings
     from lmdeploy.pipe import Pipeline
 
 DEFAULTS = GenerationConfig(do_sample=True, max_new_tokens=1024, temperature=0.4, top_p=0.9, top_k=40)
+ANY_VOCABULARY = 1 << 31
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]  # one letter missing, not all
     config, template = engine_config(args), template_config(args)
+    settings = _settings(args)
     question, reader = source(args.question)
     terminal = reader is None and question is None
     alias = _model(args.model, terminal, screen)
     pipe, seconds = _load(alias, args, config, template, screen)
     with pipe:
-        return _talk(pipe, args, screen, question, reader, seconds)
+        return _talk(pipe, settings, args.system, screen, question, reader, seconds)
 
 
 def source(question: str | None) -> tuple[str | None, Reader | None]:
@@ -111,14 +114,20 @@ def _load(model: str, args: argparse.Namespace, config, template, screen: Screen
     return pipe, time.perf_counter() - start
 
 
-def _talk(pipe: Pipeline, args: argparse.Namespace, screen: Screen, question: str | None, reader: Reader | None,
-          seconds: float) -> int:
-    from lmdeploy.cli.conversation import Conversation
-    from lmdeploy.cli.repl import Repl
+def _settings(args: argparse.Namespace) -> Settings:
+    """How answers are generated, checked before the model loads as far as that goes without its vocabulary."""
     from lmdeploy.cli.settings import Settings
 
-    settings = Settings(generation_config(args), args.verbose).change([], pipe.frontend.capacity.vocab_size)
-    conversation = Conversation(pipe.frontend, settings.gen, args.system)
+    return Settings(generation_config(args), args.verbose).change([], ANY_VOCABULARY)
+
+
+def _talk(pipe: Pipeline, settings: Settings, system: str | None, screen: Screen, question: str | None,
+          reader: Reader | None, seconds: float) -> int:
+    from lmdeploy.cli.conversation import Conversation
+    from lmdeploy.cli.repl import Repl
+
+    settings = settings.change([], pipe.frontend.capacity.vocab_size)
+    conversation = Conversation(pipe.frontend, settings.gen, system)
     terminal = reader is None and question is None
     repl = Repl(conversation, settings, screen, terminal=sys.stdout.isatty(), interactive=terminal)
     try:

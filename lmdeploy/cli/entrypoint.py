@@ -108,9 +108,11 @@ def main(argv: Sequence[str] | None = None, report: Callable[[LmdeployError], No
     if not argv:
         parser.print_help()
         return 0
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if args.command is None:
         parser.error('a command is missing')
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)} (see lmdeploy {args.command} -h)')
     screen = Screen(choose_language(args.lang))
     try:
         code = COMMANDS[args.command].load().run(args, screen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from lmdeploy.cli.screen import Screen
 from lmdeploy.hub import catalog
@@ -15,7 +16,7 @@ def rungs() -> list[catalog.CatalogEntry]:
 
 
 def ask(screen: Screen) -> str:
-    """Show the ladder and read a choice: a number, or the name of any model; EOF and an empty line take the first."""
+    """Show the ladder and read a choice: a number, or what may name a model; EOF and an empty line take the first."""
     entries = rungs()
     here = catalog.installed()
     screen.note('ladder')
@@ -29,11 +30,17 @@ def ask(screen: Screen) -> str:
         line = sys.stdin.readline().strip()
         if not line:
             return entries[0].alias
-        if not line.isdigit():
+        if line.isdecimal():
+            if 1 <= int(line) <= len(entries):
+                return entries[int(line) - 1].alias
+        elif _may_name_a_model(line):
             return line
-        if 1 <= int(line) <= len(entries):
-            return entries[int(line) - 1].alias
         screen.note('ladder_again', last=len(entries))
+
+
+def _may_name_a_model(text: str) -> bool:
+    """Whether ``text`` is more than a stray word: a path or hub id, a file that exists, or a short name."""
+    return any(mark in text for mark in '/\\:') or Path(text).exists() or catalog.find(text) is not None
 
 
 def announce(model: str, screen: Screen) -> None:

@@ -16,10 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     from lmdeploy.cli import ladder
+    from lmdeploy.hub import catalog
     from lmdeploy.hub.resolve import resolve
 
     ladder.announce(args.model, screen)
     files = resolve(args.model, revision=args.revision, download_dir=args.download_dir)
     print(files.path)
-    screen.note('try', alias=args.model)
+    entry = catalog.find(args.model)
+    if entry is None or entry.task == 'chat':
+        screen.note('try', alias=args.model)
     return 0

@@ -176,8 +176,10 @@ class Repl:
     def _set(self, text: str) -> None:
         if text:
             self.settings = self.settings.change(text.split(), self.conversation.vocab_size)
-        else:
-            print('\n'.join(self.settings.lines()), file=sys.stderr)
+        changed = {assignment.partition('=')[0] for assignment in text.split()}
+        for line in self.settings.lines():
+            if not changed or line.partition('=')[0] in changed:
+                print(line, file=sys.stderr)
 
     def _exit(self, _: str) -> None:
         raise Leave

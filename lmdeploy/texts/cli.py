@@ -16,12 +16,12 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '设置项 {name} 不能为 {value!r}。请给出：{what}。',
     },
     'LMD-404': {
-        'en': 'no question was given: standard input is empty. Ask with -q "...", or pipe one question per line.',
-        'zh': '没有提问：标准输入为空。请用 -q "..." 提问，或通过管道每行输入一个问题。',
+        'en': 'no question was given: what came is empty. Ask with -q "...", or pipe one question per line.',
+        'zh': '没有提问：收到的内容为空。请用 -q "..." 提问，或通过管道每行输入一个问题。',
     },
     'LMD-405': {
         'en': 'the {what} is not valid UTF-8 ({reason}). Convert it first, for example with iconv -t UTF-8.',
-        'zh': '{what} 不是有效的 UTF-8（{reason}）。请先转换编码，例如使用 iconv -t UTF-8。',
+        'zh': '输入不是有效的 UTF-8（{what}，{reason}）。请先转换编码，例如使用 iconv -t UTF-8。',
     },
     'LMD-406': {
         'en': 'options {first} and {second} belong to different backends, and one engine config holds only one. '
@@ -121,7 +121,7 @@ NOTES: dict[str, dict[str, str]] = {
     },
     'loading': {
         'en': 'Loading {model} ...',
-        'zh': '正在加载 {model} ...',
+        'zh': '正在加载 {model}……',
     },
     'ready': {
         'en': 'Ready in {seconds:.1f} s, {session_len} tokens of context. Enter sends, Alt-Enter starts a new line, '

@@ -71,6 +71,7 @@ def test_a_question_from_standard_input(lmdeploy, toy):
     (['chat', 'TOY', '-q', 'x', '--adapters', 'a=/b'], None, 78, 'error LMD-227'),
     (['chat', 'TOY', '-q', 'x', '--chat-template', 'nothing'], None, 65, 'error LMD-170'),
     (['chat', 'TOY', '-q', 'x', '--temperature', '9'], None, 1, 'error LMD-310'),
+    (['chat', '/no/such/model', '-q', 'x', '--temperature', '9'], None, 1, 'error LMD-310'),  # before the model
     (['chat', 'TOY', '-q', 'x ' * 100, '--session-len', '64'], None, 1, 'error LMD-301'),
     (['rm', 'smollm2:135m'], None, 1, 'nothing to remove'),
     (['check_env', '--dump-file', '/no/such/folder/env.json'], None, 2, 'error LMD-408'),

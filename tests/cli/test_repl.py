@@ -119,6 +119,11 @@ def test_set_changes_the_next_answer(build, frontend, capsys):
     assert 'temperature=0.2\n' in err and 'stop_words=["a","b"]\n' in err and 'verbose=true\n' in err
 
 
+def test_set_shows_what_it_changed_and_nothing_else(build, capsys):
+    build().run(Lines('/set temperature=0.2 top_p=0.5'))
+    assert capsys.readouterr().err == 'temperature=0.2\ntop_p=0.5\n'
+
+
 @pytest.mark.parametrize('assignment, code', [
     ('colour=blue', 'LMD-402'), ('temperature=warm', 'LMD-403'), ('temperature=9', 'LMD-310'),
     ('temperature', 'LMD-403'), ('verbose=3', 'LMD-403'), ('top_k=1.5', 'LMD-310'), ('stop_words=3', 'LMD-311'),

@@ -144,6 +144,8 @@ def test_the_ladder_and_chinese(terminal, toy):
     assert 'smollm2:135m' in ladder and '演示级' in ladder and 'Apache-2.0' in ladder
     screen.type('99\r')
     screen.expect('请输入 1 到')
+    screen.type('hello\r')
+    screen.expect('请输入 1 到')
     screen.type(f'{toy}\r')
     screen.expect('就绪')
     screen.expect('>>>')
