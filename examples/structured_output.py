@@ -1,4 +1,4 @@
-"""An answer as data: JSON by a schema, and a text by a regular expression."""
+"""An answer as data: JSON by a schema, and a text by a regular expression. Needs `pip install llguidance`."""
 
 import json
 import sys
@@ -18,6 +18,9 @@ by_regex = GenerationConfig(response_format={'type': 'regex_schema', 'regex_sche
 model = sys.argv[1] if len(sys.argv) > 1 else 'smollm2:135m'
 with pipeline(model) as pipe:
     prompts = ['Describe Ada, who is 36, as JSON.', 'Sentiment of "I love this phone":']
-    described, sentiment = pipe(prompts, gen_config=[by_schema, by_regex])
+    described, sentiment = answers = pipe(prompts, gen_config=[by_schema, by_regex])
+    for answer in answers:
+        if answer.finish_reason == 'error':
+            sys.exit(answer.error_message)
     print(json.loads(described.text))
     print(sentiment.text)
