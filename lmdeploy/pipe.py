@@ -124,6 +124,8 @@ class Pipeline:
             RequestError: ``prompt`` is not one text or list of messages, or ``gen_config`` asks for several answers.
         """
         session = self.session(gen_config) if session is None else session
+        if not isinstance(session, Session):
+            raise RequestError('LMD-303', given=f'session={session!r}'[:80])
         gen_config = gen_config or session._gen_config
         _check_turn(prompt, gen_config)
         session.stop()

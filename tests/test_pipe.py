@@ -207,6 +207,11 @@ def test_a_conversation_remembers(build):
     assert own.history == []
 
 
+def test_a_session_is_one_that_chat_gave(build):
+    with pytest.raises(RequestError, match="session='mine'"):
+        build().chat('one', session='mine')
+
+
 def test_closing_a_stream_stops_the_request(build):
     pipe = build(poisoned=lambda ids: time.sleep(0.02) or False)  # slow enough to be stopped half-way
     stream = pipe.stream_infer([5], gen_config=GenerationConfig(max_new_tokens=80))

@@ -63,4 +63,5 @@ def _describe(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         kinds = sorted({type(v).__name__ for v in value})
         return f'a {type(value).__name__} of {", ".join(kinds)}' if kinds else f'an empty {type(value).__name__}'
-    return f'a {type(value).__name__}'
+    name = type(value).__name__
+    return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
