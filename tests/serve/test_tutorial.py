@@ -225,13 +225,13 @@ def test_the_terminal(keyed_server):
 @pytest.mark.real
 def test_a_real_model_answers(smollm2, tmp_path):
     model = str(smollm2)
-    with api_server(model, tmp_path, '--api-keys', 'token', '--session-len', '160', key='token') as server:
+    with api_server(model, tmp_path, '--api-keys', 'token', '--session-len', '112', key='token') as server:
         assert is_completion(server.program(SYNC.replace("'none'", "'token'")), model)
         assert is_completion(server.program(ASYNC), model)
         assert len(server.program(STREAM.replace("'none'", "'token'")).split()) > 10
         assert ast.literal_eval(server.program(API_CLIENT))['choices'][0]['message']['content']
         assert server.program(REQUESTS).strip()
         said = server.lmdeploy('serve', 'api_client', f'http://localhost:{server.port}', '--api-key', 'token',
-                               '--temperature', '0', '--max-new-tokens', '30',
+                               '--temperature', '0', '--max-new-tokens', '16',
                                lines='My name is Ada.\nWhat is my name?\n')
         assert 'Ada' in said
