@@ -68,9 +68,17 @@ def test_configuration_and_capacity_arrive_as_they_are():
     assert ready.capacity == CAPACITY and ready.stats == STATS
 
 
+class OneToken:
+    """A tokenizer with a vocabulary of one."""
+
+    vocab_size = 1
+
+    def token_bytes(self, token):
+        return b'x'
+
+
 def test_bad_words_and_grammars_cross_as_text():
-    tokenizer = SimpleNamespace(vocab_size=1, token_bytes=lambda token: b'x')
-    params = SamplingParams(logits_processors=(BadWords(['no', '不'], tokenizer, 3),))
+    params = SamplingParams(logits_processors=(BadWords(['no', '不'], OneToken(), 3),))
     grammar = SimpleNamespace(source=SimpleNamespace(kind='regex', text='a+'))
     request = EngineInput('a', [1, 2, 3], params, grammar=grammar)
     message = wire.to_engine(bytes(wire.submission(request)[wire.HEADER_BYTES:]))
