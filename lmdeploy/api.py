@@ -109,28 +109,34 @@ def serve(model_path: str, model_name: str | None = None, backend: Literal['turb
         ssl: TLS with the files that ``SSL_KEYFILE`` and ``SSL_CERTFILE`` name; the client trusts that certificate.
 
     Raises:
-        ConfigError: LMD-501, the port is in use; LMD-585, an engine option that the server has no flag for; LMD-586.
+        ConfigError: LMD-501, the port is in use; LMD-503, the TLS files are not usable; LMD-585, an engine option that
+            the server has no flag for; LMD-586, a key with a comma.
         LmdeployError: whatever else the server says is wrong with the model or an option.
     """
     from lmdeploy.cli.command import engine_flags, template_flags
     from lmdeploy.config import env
     from lmdeploy.serve.launch import ServerProcess, ServingClient, trust
-    from lmdeploy.serve.lifecycle import bind
+    from lmdeploy.serve.lifecycle import bind, tls_context
 
-    keys = api_keys.split(',') if isinstance(api_keys, str) else api_keys or env.api_keys()
+    if isinstance(api_keys, str):
+        api_keys = [key.strip() for key in api_keys.split(',') if key.strip()]
+    keys = api_keys or env.api_keys()
     if any(mark in key for key in keys for mark in ',\r\n'):
         raise ConfigError('LMD-586')
     flags = ['--backend', backend] if backend_config is None else engine_flags(backend_config)
     flags += template_flags(chat_template_config)
-    flags += ['--ssl'] if ssl else []
     flags += ['--model-name', model_name] if model_name is not None else []
+    tls = None
+    if ssl:
+        flags.append('--ssl')
+        tls_context(*env.tls_files())
+        tls = trust(env.tls_files()[1])
     with bind(server_name, server_port) as sock:  # a server of another program must not be taken for this one
         port = sock.getsockname()[1]
     process = ServerProcess(['serve', 'api_server', model_path, '--server-name', server_name, '--server-port',
                              str(port), '--log-level', log_level, '--drain-timeout', '5', *flags], keys)
     host = f'[{server_name}]' if ':' in server_name else server_name
-    client = ServingClient(process, f'http{"s" if ssl else ""}://{host}:{port}', keys[0] if keys else None,
-                           tls=trust(env.tls_files()[1]) if ssl else None)
+    client = ServingClient(process, f'http{"s" if ssl else ""}://{host}:{port}', keys[0] if keys else None, tls=tls)
     try:
         client.wait()
     except BaseException:

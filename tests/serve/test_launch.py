@@ -82,6 +82,26 @@ def test_keys_and_the_end(toy):
         client.encode('x')
 
 
+def test_tls(toy, tmp_path, monkeypatch):
+    """The client of a server that we start trusts its certificate, though nobody signed it; others do not."""
+    key, certificate = tmp_path / 'key.pem', tmp_path / 'certificate.pem'
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=somewhere',
+                    '-keyout', key, '-out', certificate], check=True, capture_output=True)
+    monkeypatch.delenv('SSL_KEYFILE', raising=False)
+    with pytest.raises(ConfigError, match='LMD-503'):
+        lmdeploy.serve(str(toy), server_port=0, ssl=True)
+    monkeypatch.setenv('SSL_KEYFILE', str(key))
+    monkeypatch.setenv('SSL_CERTFILE', str(certificate))
+    with lmdeploy.serve(str(toy), server_port=0, ssl=True, backend_config=CPU) as client:
+        assert client.api_server_url.startswith('https://')
+        [*chunks] = client.chat_completions_v1(str(toy), 'x', max_tokens=3, stream=True)
+        assert chunks[-1]['choices'][0]['finish_reason']
+        with pytest.raises(ConnectionError, match='LMD-580.*certificate'):
+            lmdeploy.client(client.api_server_url).encode('x')
+        with pytest.raises(ConnectionError, match='LMD-582'):
+            lmdeploy.client(client.api_server_url.replace('https', 'http')).encode('x')
+
+
 def test_errors_of_the_server_are_ours(toy, tmp_path):
     with pytest.raises(SourceError) as missing:
         lmdeploy.serve(str(tmp_path / 'nothing'), server_port=0)
