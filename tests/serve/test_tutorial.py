@@ -129,7 +129,7 @@ def api_server(model: str, folder: Path, *argv: str, key: str | None = None) -> 
     process = subprocess.Popen(
         [sys.executable, '-m', 'lmdeploy', 'serve', 'api_server', model, '--server-port', str(port), *argv],
         stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'LMDEPLOY_LANG': 'en', 'OMP_NUM_THREADS': '2'})
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'LMDEPLOY_LANG': 'en'})
 
     def printed() -> str:
         log.seek(0)
