@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from lmdeploy.cli.settings import Settings
     from lmdeploy.pipe import Pipeline
 
-DEFAULTS = GenerationConfig(do_sample=True, max_new_tokens=1024, temperature=0.4, top_p=0.9, top_k=40)
+# the penalty keeps small models from repeating one word to the end
+DEFAULTS = GenerationConfig(do_sample=True, max_new_tokens=1024, temperature=0.4, top_p=0.9, top_k=40,
+                            repetition_penalty=1.1)
 ANY_VOCABULARY = 1 << 31
 
 
