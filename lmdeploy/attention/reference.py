@@ -26,6 +26,6 @@ class Reference:
     def run(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, batch: ForwardBatch, scale: float,
             window: int) -> Tensor:  # fmt: skip
         write_kv.reference(k, v, layer.k, layer.v, batch.kv_slots)
-        out = paged_attention.reference(q, layer.k, layer.v, batch.block_table, batch.host_query_start,
+        out = paged_attention.reference(q, layer.k, layer.v, batch.tables(), batch.host_query_start,
                                         batch.host_kv_lens, scale, window)  # fmt: skip
         return out.to(v.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_UNSET: Any = None
 
 
 @dataclass(slots=True)
@@ -15,6 +17,10 @@ class ForwardBatch:
 
     ``max_query`` and ``max_kv`` are host integers, and ``host_*`` lists are the host's own copies of the small index
     tensors, so that no layer ever has to ask the device for a number.
+
+    A ``static`` batch is one whose tensors are filled on the device while a graph replays: every row has one query
+    token, ``max_kv`` is the most that a row may ever have, and the ``host_*`` lists are empty. What runs on it may only
+    launch kernels, on grids that do not depend on the numbers in its tensors.
     """
 
     token_ids: Tensor  # [T] int32
@@ -22,7 +28,7 @@ class ForwardBatch:
     kv_slots: Tensor  # [T] int64: block * block_size + offset; padding tokens point into the null block 0
     query_start: Tensor  # [B+1] int32
     kv_lens: Tensor  # [B] int32: tokens in the cache after this step's writes
-    block_table: Tensor  # [B, max_blocks] int32, padded with the null block
+    block_table: Tensor  # [N, max_blocks] int32, padded with the null block
     output_rows: Tensor  # [R] int64: which of the T tokens give logits
     max_query: int
     max_kv: int
@@ -30,6 +36,13 @@ class ForwardBatch:
     host_kv_lens: list[int]
     plan: Any = None  # the attention backend's private data for this step
     embeds: Any = None  # image embeddings and where they go
+    table_rows: Tensor = field(default=_UNSET)  # [B] int32: row i reads block_table[table_rows[i]]; else its own row i
+    num_decode: int = 0  # so many leading rows have exactly one query token
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.table_rows is None:
+            self.table_rows = torch.arange(self.kv_lens.shape[0], dtype=torch.int32, device=self.kv_lens.device)
 
     @property
     def num_tokens(self) -> int:
@@ -37,8 +50,12 @@ class ForwardBatch:
 
     @property
     def num_rows(self) -> int:
-        return len(self.host_kv_lens)
+        return self.kv_lens.shape[0]
 
     @property
     def device(self) -> torch.device:
         return self.token_ids.device
+
+    def tables(self) -> Tensor:
+        """``[B, max_blocks] int32``: the block tables in the order of the rows."""
+        return self.block_table[self.table_rows]
