@@ -62,9 +62,14 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
         executor = LocalExecutor(config, files.path, checkpoint=checkpoint)
         tokenizer = Tokenizer(str(files.path))
         template = resolve_template(str(files.path), tokenizer, chat_template_config)
-        capacity = executor.start()
-    core = EngineCore(executor, capacity, depth=config.depth_on(capacity.device), prefix_caching=config.prefix_caching)
-    client = ThreadClient(core)
+
+        def build() -> EngineCore:
+            capacity = executor.start()
+            return EngineCore(executor, capacity, depth=config.depth_on(capacity.device),
+                              prefix_caching=config.prefix_caching)
+
+        client = ThreadClient(build)
+    capacity = client.capacity
 
     def stop() -> None:
         client.close()

@@ -50,7 +50,7 @@ def build(tokenizer):
         capacity = Capacity(num_blocks=64, block_size=16, max_batch_size=8, max_step_tokens=64, session_len=SESSION,
                             vocab_size=VOCAB)
         executor = FakeExecutor(capacity, **fake)
-        client = ThreadClient(EngineCore(executor, executor.start()))
+        client = ThreadClient(lambda: EngineCore(executor, executor.start()))
 
         def stop():
             client.close()

@@ -13,7 +13,7 @@ from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor, continuation
 from lmdeploy.engine.request import EngineInput
 from lmdeploy.engine.sampling import SamplingParams
-from lmdeploy.errors import EngineDead, RequestError
+from lmdeploy.errors import ConfigError, EngineDead, RequestError
 from lmdeploy.executor.base import Capacity
 
 CAPACITY = Capacity(num_blocks=400, block_size=8, max_batch_size=16, max_step_tokens=64, session_len=2000,
@@ -30,7 +30,7 @@ class SlowExecutor(FakeExecutor):
 
 def make(executor_type=FakeExecutor, *, depth=2, **options):
     executor = executor_type(CAPACITY, **options)
-    return ThreadClient(EngineCore(executor, CAPACITY, depth=depth))
+    return ThreadClient(lambda: EngineCore(executor, CAPACITY, depth=depth))
 
 
 async def collect(client, request):
@@ -240,3 +240,54 @@ def test_close_is_fast_idempotent_and_ends_streams():
     begin = time.monotonic()
     idle.close()
     assert time.monotonic() - begin < 1
+
+
+def test_one_thread_builds_and_steps():
+    """Whoever runs parallel CPU work keeps a team of threads: a second thread would give the process a second team."""
+    names = []
+
+    class Watched(FakeExecutor):
+        def launch(self, plan):
+            names.append(threading.current_thread().name)
+            return super().launch(plan)
+
+    def build():
+        names.append(threading.current_thread().name)
+        return EngineCore(Watched(CAPACITY), CAPACITY)
+
+    client = ThreadClient(build)
+    asyncio.run(collect(client, EngineInput('a', [1, 2], SamplingParams(max_new_tokens=3))))
+    client.close()
+    assert len(names) > 1 and set(names) == {'lmdeploy-engine'}
+
+
+def test_what_building_raises_reaches_the_caller():
+    def build():
+        raise ConfigError('LMD-206', device='cuda', torch='0')
+
+    with pytest.raises(ConfigError, match='LMD-206'):
+        ThreadClient(build)
+    assert not [t for t in threading.enumerate() if t.name == 'lmdeploy-engine' and t.is_alive() and not t.daemon]
+
+
+def test_an_interrupt_while_loading_ends_the_thread(monkeypatch):
+    """The load runs to its end, and the engine that nobody waits for is closed at once."""
+    closed, release = threading.Event(), threading.Event()
+
+    class Closing(EngineCore):
+        def close(self):
+            closed.set()
+            return super().close()
+
+    def build():
+        release.wait(10)
+        return Closing(FakeExecutor(CAPACITY), CAPACITY)
+
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('lmdeploy.engine.client.Future.result', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ThreadClient(build)
+    release.set()
+    assert closed.wait(10)

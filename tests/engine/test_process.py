@@ -118,7 +118,7 @@ def summary(deltas):
 def test_the_same_answers_as_in_this_process(folder, tokenizer, grammar):
     async def here():
         executor = LocalExecutor(CONFIG, folder)
-        client = ThreadClient(EngineCore(executor, executor.start(), depth=2, prefix_caching=True))
+        client = ThreadClient(lambda: EngineCore(executor, executor.start(), depth=2, prefix_caching=True))
         found = [summary(await collect(client, request)) for request in requests(tokenizer, grammar)]
         await asyncio.to_thread(client.close)
         return found

@@ -41,7 +41,7 @@ def serve(tokenizer, toy_folder) -> Callable[..., Server]:
         capacity = Capacity(num_blocks=num_blocks, block_size=16, max_batch_size=max_batch_size, max_step_tokens=128,
                             session_len=session_len, vocab_size=VOCAB)
         executor = SlowExecutor(capacity, step_seconds, fail_at=fail_at)
-        client = ThreadClient(EngineCore(executor, executor.start()))
+        client = ThreadClient(lambda: EngineCore(executor, executor.start()))
         frontend = AsyncFrontend(client, tokenizer, template or resolve_template(str(toy_folder), tokenizer), capacity,
                                  session_len)
         context = ServerContext(**{'model_names': (MODEL,), 'engine': LoadedEngine(frontend), **fields})
