@@ -45,6 +45,8 @@ class GenerationConfig:
         presence_penalty: subtracted once from the logit of each generated token, in [-2, 2].
         frequency_penalty: subtracted from it as often as it was generated, in [-2, 2].
         logit_bias: added to the logits of these tokens, each in [-100, 100].
+        return_ppl, return_routed_experts, repetition_ngram_size, repetition_ngram_threshold, logprob_start_len: of
+            newer LMDeploy versions; not supported.
     """
 
     n: int = 1
@@ -76,6 +78,11 @@ class GenerationConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    return_ppl: bool = False
+    return_routed_experts: bool = False
+    repetition_ngram_size: int = 0
+    repetition_ngram_threshold: int = 0
+    logprob_start_len: int = -1
 
     def convert_stop_bad_words_to_ids(self, tokenizer: Any) -> None:
         """Add to ``stop_token_ids`` and ``bad_token_ids`` the tokens that are stop and bad words.
@@ -136,6 +143,15 @@ class TurbomindEngineConfig:
     dist_init_addr: str | None = None
     enable_metrics: bool = True
     hf_overrides: dict | None = None
+    attn_cp_size: int | None = None
+    cache_checkpoint_interval: int = 4096
+    cache_prompt: str = 'auto'
+    cache_prompt_boundary_skip: int = 1
+    cache_generation: str = 'auto'
+    async_: int = 1
+    language_model_only: bool = False
+    gemm_input_dtype: str | None = None
+    moe_a2a_backend: str = 'auto'
 
 
 @dataclass
@@ -178,6 +194,23 @@ class PytorchEngineConfig:
     enable_metrics: bool = True
     hf_overrides: dict | None = None
     logprobs_mode: str | None = None
+    attn_tp_size: int | None = None
+    mlp_tp_size: int | None = None
+    moe_tp_size: int | None = None
+    kernel_block_size: int = -1
+    cudagraph_capture_batch_sizes: list[int] | None = None
+    prefix_cache_state_budget: int = 0
+    prefix_cache_decode_state_interval: int = 0
+    mp_engine_backend: str = 'mp'
+    language_model_only: bool = False
+    enable_return_routed_experts: bool = False
+    enable_transfer_obj_ref: bool = False
+    dllm_block_length: int | None = None
+    dllm_unmasking_strategy: str = 'low_confidence_dynamic'
+    dllm_denoising_steps: int | None = None
+    dllm_confidence_threshold: float = 0.85
+    kv_transfer_config: Any = None
+    piecewise_cudagraph_max_tokens: int | None = None
 
 
 @dataclass

@@ -18,6 +18,9 @@ MAX_WORDS, MAX_WORD_LEN = 128, 1024
 MAX_IDS = 4096
 MAX_LOGPROBS = 1024
 SEEDS = 1 << 64
+DEFAULTS = GenerationConfig()
+UNSUPPORTED = ('migration_request', 'with_cache', 'preserve_cache', 'return_ppl', 'return_routed_experts',
+               'repetition_ngram_size', 'repetition_ngram_threshold', 'logprob_start_len')
 
 
 class Vocabulary(Decoder, Protocol):
@@ -83,8 +86,8 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
         raise RequestError('LMD-311', field='logits_processors', what='a list of functions', most=MAX_WORDS)
     if read_format(gen.response_format) is not None and gen.ignore_eos:
         raise RequestError('LMD-328')
-    for name in ('migration_request', 'with_cache', 'preserve_cache'):
-        if getattr(gen, name):
+    for name in UNSUPPORTED:
+        if getattr(gen, name) != getattr(DEFAULTS, name):
             raise RequestError('LMD-313', field=name)
 
 

@@ -42,6 +42,7 @@ BAD = [
     ('stop_words', ['']), ('stop_words', ['x'] * 129), ('stop_words', [3]), ('bad_words', ['y' * 2000]),
     ('stop_token_ids', [VOCAB]), ('bad_token_ids', [-1]), ('bad_token_ids', 3), ('logit_bias', {VOCAB: 1.0}),
     ('logit_bias', {3: math.nan}), ('logit_bias', {3: 101}), ('logit_bias', [3]), ('output_logits', 'some'),
+    ('return_ppl', True), ('repetition_ngram_size', 3), ('logprob_start_len', 0), ('with_cache', True),
     ('do_sample', 'yes'), ('ignore_eos', 1), ('logits_processors', [3]), ('response_format', {'type': 'xml'}),
 ]
 
