@@ -123,7 +123,7 @@ SHARED = {
     'revision': ELSEWHERE,
     'dp': REFUSED,
     'ep': REFUSED,
-    'empty_init': REFUSED,
+    'empty_init': _choice('load_format', {False: 'auto', True: 'dummy'}),
     'hf_overrides': REFUSED,
     'enable_metrics': HINT,
 }
