@@ -62,6 +62,7 @@ class RequestOutput:
     hidden: Any = None  # [rows, hidden], the same
     error: LmdeployError | None = None
     cached_tokens: int = 0
+    stop_text: str | None = None  # that ended it; None: something else did, or an end token
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ class AsyncFrontend:
                         logprobs=piece.logprobs if want_logprobs else None,
                         logits=rows(logits, request.params.output_logits) if last else None,
                         hidden=rows(hidden, request.params.output_hidden) if last else None,
-                        error=finish.error if finish else None, cached_tokens=cached)
+                        error=finish.error if finish else None, cached_tokens=cached, stop_text=text.stopped)
                     if last:
                         return
         except (RequestError, EngineDead) as error:

@@ -24,6 +24,14 @@ def event(value: object) -> bytes:
     return bytes(buffer)
 
 
+def named_event(name: str, value: object) -> bytes:
+    """``value`` as an event with a name; OpenAI's chat has none, others do."""
+    buffer = bytearray(b'event: %s\ndata: ' % name.encode())
+    _encoder.encode_into(value, buffer, len(buffer))
+    buffer += b'\n\n'
+    return bytes(buffer)
+
+
 def error_event(error: BaseException, request_id: str) -> bytes:
     """The event that ends a stream which broke. No ``[DONE]`` follows it: a client can tell broken from complete."""
     fault, detail = describe(error, request_id)

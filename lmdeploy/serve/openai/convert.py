@@ -38,8 +38,8 @@ LEAST_LOGPROB = -9999.0
 PROMPT_END = 32  # tokens of a prompt's end that tell whether it has opened the reasoning
 
 
-def stop_texts(stop: str | list[str] | None, limits: Limits) -> list[str] | None:
-    """The stop texts of a request.
+def stop_texts(stop: str | list[str] | None, limits: Limits, param: str = 'stop') -> list[str] | None:
+    """The stop texts of a request; ``param`` is the name of its field.
 
     Raises:
         HttpError: LMD-512, too many, too long, or empty.
@@ -47,11 +47,11 @@ def stop_texts(stop: str | list[str] | None, limits: Limits) -> list[str] | None
     if stop is None:
         return None
     texts = [stop] if isinstance(stop, str) else stop
-    limits.check('stop', texts, 'stop')
+    limits.check('stop', texts, param)
     for text in texts:
-        limits.check('stop_chars', text, 'stop')
+        limits.check('stop_chars', text, param)
         if not text:
-            raise HttpError('LMD-512', param='stop', reason='a stop text cannot be empty')
+            raise HttpError('LMD-512', param=param, reason='a stop text cannot be empty')
     return texts or None
 
 

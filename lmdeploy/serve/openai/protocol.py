@@ -7,7 +7,8 @@ is left out, with one line in the log. Sizes are checked against :class:`lmdeplo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Set
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,8 +20,53 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
+ELSEWHERE = 'this version does not have it'
+IMAGES = 'the model reads text only'
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+REFUSED: Refusals = {
+    'suffix': ((), 'filling in between two texts is not possible here'),
+    'best_of': ((1,), 'ask for n answers and choose yourself'),
+    'functions': (([],), 'use tools'),
+    'function_call': ((), 'use tool_choice'),
+    'modalities': ((['text'],), 'answers are text'),
+    'audio': ((), 'answers are text'),
+    'store': ((False,), 'nothing is stored'),
+    'service_tier': (('auto', 'default'), 'there is one tier'),
+    'web_search_options': ((), ELSEWHERE),
+    'prompt_logprobs': ((), 'use logprobs for the answer'),
+    'logprob_start_len': ((-1,), 'only the answer has log-probabilities'),
+    'return_logprob': ((False,), 'use logprobs and top_logprobs'),
+    'return_routed_experts': ((False,), ELSEWHERE),
+    'repetition_ngram_size': ((0,), ELSEWHERE),
+    'repetition_ngram_threshold': ((0,), ELSEWHERE),
+    'migration_request': ((), ELSEWHERE),
+    'with_cache': ((False,), ELSEWHERE),
+    'preserve_cache': ((False,), ELSEWHERE),
+    'adapter_name': ((), ELSEWHERE),
+    'image_url': ((), IMAGES),
+    'image_data': ((), IMAGES),
+    'media_io_kwargs': (({},), IMAGES),
+    'mm_processor_kwargs': (({},), IMAGES),
+    'guided_json': ((), 'use response_format'),
+    'guided_regex': ((), 'use response_format'),
+    'guided_choice': ((), 'use response_format'),
+    'guided_grammar': ((), 'use response_format'),
+}
+"""Known fields that this version does not have: the values that ask for nothing (None always does), and the reason."""
+NO_EFFECT = frozenset({'metadata', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'verbosity',
+                       'prediction'})
+"""Known fields that are wishes or labels, and change no answer."""
+
+
 class Body(BaseModel):
-    """A JSON object of a request."""
+    """A JSON object of a request.
+
+    Attributes:
+        refused, no_effect: the known fields that it does not have.
+    """
+
+    refused: ClassVar[Refusals] = REFUSED
+    no_effect: ClassVar[Set[str]] = NO_EFFECT
 
     model_config = ConfigDict(strict=True, extra='allow', allow_inf_nan=False, hide_input_in_errors=True,
                               protected_namespaces=())
@@ -224,42 +270,6 @@ class AbortRequest(Body):
     abort_all: bool | None = False
 
 
-ELSEWHERE = 'this version does not have it'
-IMAGES = 'the model reads text only'
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    'suffix': ((), 'filling in between two texts is not possible here'),
-    'best_of': ((1,), 'ask for n answers and choose yourself'),
-    'functions': (([],), 'use tools'),
-    'function_call': ((), 'use tool_choice'),
-    'modalities': ((['text'],), 'answers are text'),
-    'audio': ((), 'answers are text'),
-    'store': ((False,), 'nothing is stored'),
-    'service_tier': (('auto', 'default'), 'there is one tier'),
-    'web_search_options': ((), ELSEWHERE),
-    'prompt_logprobs': ((), 'use logprobs for the answer'),
-    'logprob_start_len': ((-1,), 'only the answer has log-probabilities'),
-    'return_logprob': ((False,), 'use logprobs and top_logprobs'),
-    'return_routed_experts': ((False,), ELSEWHERE),
-    'repetition_ngram_size': ((0,), ELSEWHERE),
-    'repetition_ngram_threshold': ((0,), ELSEWHERE),
-    'migration_request': ((), ELSEWHERE),
-    'with_cache': ((False,), ELSEWHERE),
-    'preserve_cache': ((False,), ELSEWHERE),
-    'adapter_name': ((), ELSEWHERE),
-    'image_url': ((), IMAGES),
-    'image_data': ((), IMAGES),
-    'media_io_kwargs': (({},), IMAGES),
-    'mm_processor_kwargs': (({},), IMAGES),
-    'guided_json': ((), 'use response_format'),
-    'guided_regex': ((), 'use response_format'),
-    'guided_choice': ((), 'use response_format'),
-    'guided_grammar': ((), 'use response_format'),
-}
-"""Known fields that this version does not have: the values that ask for nothing (None always does), and the reason."""
-NO_EFFECT = frozenset({'metadata', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'verbosity',
-                       'prediction'})
-"""Known fields that are wishes or labels, and change no answer."""
-
 T = TypeVar('T', bound=Body)
 
 
@@ -277,10 +287,10 @@ def read(kind: type[T], value: Any) -> tuple[T, int]:
         raise _refusal(error) from None
     unknown = []
     for name, given in (body.model_extra or {}).items():
-        harmless, reason = REFUSED.get(name, ((), ''))
+        harmless, reason = kind.refused.get(name, ((), ''))
         if reason and given is not None and given not in harmless:
             raise HttpError('LMD-513', param=name, reason=reason)
-        if not reason and name not in NO_EFFECT:
+        if not reason and name not in kind.no_effect:
             unknown.append(name)
     if unknown:
         get_logger().info('%s: unknown fields are left out: %s', kind.__name__, ', '.join(map(repr, unknown))[:200])
