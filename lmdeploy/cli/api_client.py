@@ -8,7 +8,6 @@ import sys
 from lmdeploy.cli.args import add_generation_arguments, generation_config
 from lmdeploy.cli.chat import DEFAULTS, source
 from lmdeploy.cli.screen import Screen
-from lmdeploy.config import env
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +28,8 @@ def _session_id(text: str) -> int:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    from lmdeploy.cli.reader import TerminalReader
     from lmdeploy.cli.remote import FIELDS, RemoteConversation
-    from lmdeploy.cli.repl import Repl
+    from lmdeploy.cli.repl import converse
     from lmdeploy.cli.settings import Settings
     from lmdeploy.serve.openai.api_client import APIClient
 
@@ -41,16 +39,5 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     model = client.models()[0]
     conversation = RemoteConversation(client, args.session_id, generation_config(args), args.system)
     settings = Settings(conversation.gen, args.verbose, tuple(FIELDS)).change([], conversation.vocab_size)
-    terminal = reader is None and question is None
-    repl = Repl(conversation, settings, screen, terminal=sys.stdout.isatty(), interactive=terminal)
-    try:
-        if question is not None and reader is None:
-            repl.ask(question)
-            return 0
-        if terminal:
-            screen.note('remote_ready', model=model, url=args.api_server_url)
-            reader = TerminalReader(env.cache_dir() / 'chat_history')
-        assert reader is not None
-        return repl.run(reader, question)
-    finally:
-        conversation.close()
+    return converse(conversation, settings, screen, question, reader,
+                    lambda: screen.note('remote_ready', model=model, url=args.api_server_url))

@@ -22,7 +22,7 @@ from lmdeploy.cli.args import (
     generation_config,
     template_config,
 )
-from lmdeploy.cli.reader import PipeReader, Reader, TerminalReader, decode
+from lmdeploy.cli.reader import PipeReader, Reader, decode
 from lmdeploy.cli.screen import Screen
 from lmdeploy.config import env
 from lmdeploy.messages import GenerationConfig
@@ -126,20 +126,9 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _talk(pipe: Pipeline, settings: Settings, system: str | None, screen: Screen, question: str | None,
           reader: Reader | None, seconds: float) -> int:
     from lmdeploy.cli.conversation import Conversation
-    from lmdeploy.cli.repl import Repl
+    from lmdeploy.cli.repl import converse
 
     settings = settings.change([], pipe.frontend.capacity.vocab_size)
     conversation = Conversation(pipe.frontend, settings.gen, system)
-    terminal = reader is None and question is None
-    repl = Repl(conversation, settings, screen, terminal=sys.stdout.isatty(), interactive=terminal)
-    try:
-        if question is not None and reader is None:
-            repl.ask(question)
-            return 0
-        if terminal:
-            screen.note('ready', seconds=seconds, session_len=pipe.session_len)
-            reader = TerminalReader(env.cache_dir() / 'chat_history')
-        assert reader is not None
-        return repl.run(reader, question)
-    finally:
-        conversation.close()
+    return converse(conversation, settings, screen, question, reader,
+                    lambda: screen.note('ready', seconds=seconds, session_len=pipe.session_len))

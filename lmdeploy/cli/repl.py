@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmdeploy.cli.conversation import Talk
-from lmdeploy.cli.reader import Reader
+from lmdeploy.cli.reader import Reader, TerminalReader
 from lmdeploy.cli.screen import Screen, printable
 from lmdeploy.cli.settings import Settings
+from lmdeploy.config import env
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.frontend.frontend import RequestOutput
 
@@ -40,6 +41,31 @@ class Answer:
         """Tokens per second after the first token."""
         tokens = self.last.generated_len - 1 if self.last else 0
         return tokens / (self.total - self.first) if tokens > 0 and self.total > self.first else 0.0
+
+
+def converse(conversation: Talk, settings: Settings, screen: Screen, question: str | None, reader: Reader | None,
+             ready: Callable[[], None]) -> int:
+    """Answer ``question`` alone, or it and those of ``reader``, or (neither given) those of a person at the terminal.
+
+    Args:
+        ready: tells the person that typing may begin.
+
+    Returns:
+        The exit code; the conversation is closed.
+    """
+    person = reader is None and question is None
+    repl = Repl(conversation, settings, screen, terminal=sys.stdout.isatty(), interactive=person)
+    try:
+        if question is not None and reader is None:
+            repl.ask(question)
+            return 0
+        if person:
+            ready()
+            reader = TerminalReader(env.cache_dir() / 'chat_history')
+        assert reader is not None
+        return repl.run(reader, question)
+    finally:
+        conversation.close()
 
 
 class Repl:
