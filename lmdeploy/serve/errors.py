@@ -155,6 +155,8 @@ def failure(error: BaseException, request_id: str) -> Failure:
         headers.append((b'retry-after', b'5'))
     if fault.status == 401:
         headers.append((b'www-authenticate', b'Bearer'))
+    elif fault.status == 405 and isinstance(error, LmdeployError):
+        headers.append((b'allow', str(error.params.get('allowed', '')).encode()))
     return Failure(fault.status, body(fault, detail), fault.code, tuple(headers))
 
 

@@ -1,48 +1,59 @@
-"""A request and its reply on bare ASGI: a capped body, a watch on the client, whole replies and streams."""
+"""A request and its reply: Starlette's, with a capped body, a watch on the client, and streams of prebuilt bytes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import msgspec
+from starlette import requests
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from lmdeploy.serve.auth import Caller
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.limits import Limits
-from lmdeploy.serve.middleware import Header, check_content_type, header, parse_json
+from lmdeploy.serve.middleware import check_content_type, header
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+__all__ = ['EXCHANGE', 'REQUEST', 'Message', 'Receive', 'Request', 'Response', 'Scope', 'Send', 'Stream', 'json_reply']
 
-JSON: Header = (b'content-type', b'application/json')
-CLOSE: Header = (b'connection', b'close')
+REQUEST, EXCHANGE = 'lmdeploy.request', 'lmdeploy.exchange'
+"""Where a scope holds the :class:`Request` and the response that is under way."""
+EVENTS = MappingProxyType({'content-type': 'text/event-stream; charset=utf-8', 'cache-control': 'no-cache',
+                           'x-accel-buffering': 'no'})
 
 
-@dataclass(slots=True)
-class Request:
-    """One HTTP request on its way to a handler."""
+class Request(requests.Request):
+    """One HTTP request on its way to a handler, whose body was read before the handler runs.
 
-    scope: Message
-    receive: Receive
-    id: str
-    caller: Caller = field(default_factory=Caller)
-    body: bytes = b''
-    started: float = field(default_factory=time.monotonic)
-    # what the audit log and the metrics say of it, filled in by its handler
-    model: str = ''
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    outcome: str = ''
+    Attributes:
+        id: the client's ``x-request-id``, or one made here.
+        caller: who sends it.
+        content: the body's bytes.
+        value: what the route made of them.
+        started: monotonic seconds.
+        model, prompt_tokens, output_tokens, outcome: what the audit log and the metrics say of it, filled in by its
+            handler.
+        unknown_fields: fields of the body that nobody knows.
+    """
 
-    @property
-    def method(self) -> str:
-        return self.scope['method']
+    def __init__(self, scope: Scope, receive: Receive, request_id: str, limits: Limits) -> None:
+        super().__init__(scope, receive)
+        self.id = request_id
+        self.limits = limits
+        self.caller = Caller()
+        self.content = b''
+        self.value: Any = None
+        self.started = time.monotonic()
+        self.model = ''
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.outcome = ''
+        self.unknown_fields = 0
 
     @property
     def path(self) -> str:
@@ -52,12 +63,13 @@ class Request:
         value = header(self.scope['headers'], name)
         return None if value is None else value.decode('latin-1')
 
-    async def read_body(self, limits: Limits) -> None:
+    async def read_body(self) -> None:
         """Read the body, no more of it and no longer than the limits allow.
 
         Raises:
             HttpError: LMD-508, not JSON; LMD-509, too large; LMD-526, too slow; LMD-530, the client went away.
         """
+        limits = self.limits
         announced = self.header(b'content-length')
         if announced is not None and announced.isdigit() and int(announced[:20]) > limits.body_bytes:
             raise HttpError('LMD-509', most=limits.body_bytes)
@@ -78,17 +90,19 @@ class Request:
                 raise HttpError('LMD-509', most=limits.body_bytes)
             pieces.append(piece)
             more = message.get('more_body', False)
-        self.body = b''.join(pieces)
-        if self.body:
+        self.content = b''.join(pieces)
+        if self.content:
             check_content_type(self.scope['headers'])
 
-    def json(self, limits: Limits) -> Any:
-        """The body's value; see :func:`lmdeploy.serve.middleware.parse_json`."""
-        return parse_json(self.body, limits)
+    async def body(self) -> bytes:
+        return self.content
+
+    async def json(self) -> Any:
+        return self.value
 
     def digest(self) -> str:
         """Of the body, to tell equal requests without keeping them."""
-        return hashlib.sha256(self.body).hexdigest()[:32]
+        return hashlib.sha256(self.content).hexdigest()[:32]
 
     async def gone(self) -> None:
         """Returns when the client has closed the connection. The body must have been read."""
@@ -96,29 +110,30 @@ class Request:
             pass
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole response."""
-
-    body: bytes = b''
-    status: int = 200
-    headers: tuple[Header, ...] = (JSON,)
+class _Exchange(Protocol):
+    async def stream(self, stream: Stream) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """A response in pieces. ``chunks`` yields ready bytes; ``error`` turns a failure after the first of them into a
-    last piece."""
+class Stream(Response):
+    """A response in pieces.
 
-    chunks: AsyncGenerator[bytes, None]
-    error: Callable[[BaseException], bytes]
-    headers: tuple[Header, ...] = ((b'content-type', b'text/event-stream; charset=utf-8'),
-                                   (b'cache-control', b'no-cache'), (b'x-accel-buffering', b'no'))
+    Args:
+        chunks: yields ready bytes. The first is awaited before the status is sent, so that what fails until then is an
+            ordinary response.
+        error: turns a later failure into a last piece.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], error: Callable[[BaseException], bytes], *,
+                 status: int = 200, headers: Mapping[str, str] = EVENTS) -> None:
+        self.chunks, self.error = chunks, error
+        self.status_code, self.background = status, None
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: _Exchange = scope[EXCHANGE]  # writes past the layers between: they have nothing to do with chunks
+        await exchange.stream(self)
 
 
-Handler = Callable[[Request], Awaitable[Reply | Stream]]
-
-
-def json_reply(value: object, status: int = 200) -> Reply:
+def json_reply(value: object, status: int = 200) -> Response:
     """A structure, or plain values, as JSON."""
-    return Reply(msgspec.json.encode(value), status)
+    return Response(msgspec.json.encode(value), status, media_type='application/json')

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastapi import FastAPI
+
 from lmdeploy.errors import BindError, ConfigError
-from lmdeploy.serve.app import App
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError
 
@@ -120,14 +121,14 @@ class Watcher:
     draining: Callable[[], None]
 
 
-async def serve(app: App, sock: socket.socket, load: Callable[[], Awaitable[None]], watcher: Watcher, *,
+async def serve(app: FastAPI, sock: socket.socket, load: Callable[[], Awaitable[None]], watcher: Watcher, *,
                 tls: ssl.SSLContext | None = None, drain_seconds: float = 30.0,
                 stop: asyncio.Event | None = None) -> None:
     """Answer at once, load, and serve until a signal, ``stop`` or a failure of ``load``, which is raised.
 
     Signals are heeded where that is possible: in the main thread.
     """
-    context = app.context
+    context: ServerContext = app.state.context
     server = _server(app, tls)
     drain = Drain(context, drain_seconds, server.leave, watcher.draining)
     tasks = [asyncio.create_task(server.serve([sock]))]
@@ -219,7 +220,7 @@ def _signals(drain: Drain) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def _server(app: App, tls: ssl.SSLContext | None):
+def _server(app: FastAPI, tls: ssl.SSLContext | None):
     """A uvicorn server that leaves signals to us."""
     import uvicorn
 
@@ -238,7 +239,7 @@ def _server(app: App, tls: ssl.SSLContext | None):
     config = uvicorn.Config(
         app, http=Connection, ws='none', lifespan='off', log_config=None, access_log=False, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS,
-        limit_concurrency=app.context.limits.connections, backlog=BACKLOG)
+        limit_concurrency=app.state.context.limits.connections, backlog=BACKLOG)
     config.load()
     config.ssl = tls
     return Server(config)

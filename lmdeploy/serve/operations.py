@@ -8,12 +8,12 @@ import msgspec
 
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError
-from lmdeploy.serve.http import Reply, Request, json_reply
+from lmdeploy.serve.http import Request, Response, json_reply
 from lmdeploy.serve.metrics import Exposition
-from lmdeploy.serve.openai.protocol import AbortRequest, read
+from lmdeploy.serve.openai.protocol import AbortRequest
 
 STATUS = {'ready': 'healthy', 'loading': 'initializing', 'sleeping': 'sleeping'}
-EXPOSITION = ((b'content-type', b'text/plain; version=0.0.4; charset=utf-8'),)
+EXPOSITION = 'text/plain; version=0.0.4; charset=utf-8'
 
 
 class HealthInfo(msgspec.Struct):
@@ -37,14 +37,14 @@ class Operations:
         self._exposition = Exposition(context.metrics, context.stats, context.model_names[0],
                                       lambda: context.admission.queued)
 
-    async def health(self, request: Request) -> Reply:
+    async def health(self) -> Response:
         """200 as long as the engine serves, or is asleep because somebody said so; else 503."""
         health = self.context.engine.health()
         status = STATUS.get(health.state, 'unhealthy')
         info = HealthInfo(status, '' if status == 'healthy' else f'{health.state}: {health.reason}'[:300])
         return json_reply(info, 200 if status in ('healthy', 'sleeping') else 503)
 
-    async def ready(self, request: Request) -> Reply:
+    async def ready(self) -> Response:
         """200 while new requests are taken; else 503."""
         if self.context.draining:
             return json_reply(HealthInfo('draining', 'the server is shutting down'), 503)
@@ -53,17 +53,15 @@ class Operations:
             return json_reply(HealthInfo(STATUS.get(health.state, 'unhealthy'), health.state), 503)
         return json_reply(HealthInfo('ready', ''))
 
-    async def metrics(self, request: Request) -> Reply:
+    async def metrics(self) -> Response:
         """Prometheus metrics."""
         audit = self.context.audit
         self.context.metrics.audit_dropped = audit.dropped if audit is not None else 0
-        return Reply(self._exposition.render(), headers=EXPOSITION)
+        return Response(self._exposition.render(), media_type=EXPOSITION)
 
-    async def abort(self, request: Request) -> Reply:
+    async def abort(self, body: AbortRequest, request: Request) -> Response:
         """End running requests of the caller, by session id or ``x-request-id``, or all; an admin key reaches those of
         others too. Unknown ids and those of others are answered alike."""
-        body, unknown = read(AbortRequest, request.json(self.context.limits))
-        self.context.metrics.unknown_fields += unknown
         if not body.abort_all and body.session_id is None and body.request_id is None:
             raise HttpError('LMD-512', param='session_id', reason='give session_id, request_id or abort_all')
         caller = request.caller
@@ -76,22 +74,22 @@ class Operations:
             running.abort()
         return json_reply(Aborted(len(found)))
 
-    async def sleep(self, request: Request) -> Reply:
+    async def sleep(self) -> Response:
         """Give the engine's memory back until ``/wakeup``; running requests are aborted."""
         await self.context.engine.sleep()
         return json_reply(HealthInfo('sleeping', ''))
 
-    async def wakeup(self, request: Request) -> Reply:
+    async def wakeup(self) -> Response:
         """Load the model again; answers when it is ready."""
         await self.context.engine.wakeup()
         return json_reply(HealthInfo('ready', ''))
 
-    async def terminate(self, request: Request) -> Reply:
+    async def terminate(self) -> Response:
         """Shut the server down as SIGTERM does, after this response."""
         assert self.context.terminate is not None
         asyncio.get_running_loop().call_soon(self.context.terminate)
         return json_reply(HealthInfo('draining', 'the server is shutting down'))
 
-    async def is_sleeping(self, request: Request) -> Reply:
+    async def is_sleeping(self) -> Response:
         """``{"is_sleeping": bool}``."""
         return json_reply({'is_sleeping': self.context.engine.health().state == 'sleeping'})

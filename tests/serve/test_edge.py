@@ -40,7 +40,7 @@ AUTHORIZATIONS = [
 
 
 def every_route(server) -> list[tuple[str, str, Access]]:
-    return [(route.method, route.path, route.access) for route in server.app.router]
+    return [(route.method, route.path, route.access) for route in server.app.table]
 
 
 def test_every_route_but_health_and_ready_wants_a_key(serve):

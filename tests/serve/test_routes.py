@@ -244,7 +244,7 @@ def test_the_documentation_describes_every_route(serve):
     key = {'x-api-key': 'a'}
     document = server.ask('GET', '/openapi.json', headers=key).json()
     assert {(m.upper(), p) for p, ops in document['paths'].items() for m in ops} == {
-        (route.method, route.path) for route in server.app.router}
+        (route.method, route.path) for route in server.app.table}
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= document['components']['schemas'].keys()
     page = server.ask('GET', '/docs', headers=key)

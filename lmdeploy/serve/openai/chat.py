@@ -12,7 +12,7 @@ import msgspec
 from lmdeploy.frontend.frontend import RequestOutput
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.generation import Answers, Usage, generate
-from lmdeploy.serve.http import Reply, Request, Stream, json_reply
+from lmdeploy.serve.http import Request, Response, Stream, json_reply
 from lmdeploy.serve.openai.answers import (
     ChatChoice,
     ChatChunk,
@@ -29,7 +29,7 @@ from lmdeploy.serve.openai.answers import (
     UsageInfo,
 )
 from lmdeploy.serve.openai.convert import ChatPlan, chat_plan, token_logprob, usage_info
-from lmdeploy.serve.openai.protocol import ChatRequest, read
+from lmdeploy.serve.openai.protocol import ChatRequest
 from lmdeploy.serve.parsers import AnswerParser, CallArguments, CallStart, Content, Event, Reasoning, collect
 from lmdeploy.serve.sse import DONE, error_event, event
 from lmdeploy.tokenizer import Tokenizer
@@ -41,10 +41,8 @@ class Chat:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    async def __call__(self, request: Request) -> Reply | Stream:
+    async def __call__(self, body: ChatRequest, request: Request) -> Response:
         context = self.context
-        body, unknown = read(ChatRequest, request.json(context.limits))
-        context.metrics.unknown_fields += unknown
         request.model = body.model
         context.check_model(body.model)
         plan = chat_plan(body, context.limits, context.parser_names(context.frontend()))

@@ -10,10 +10,10 @@ from uuid import uuid4
 from lmdeploy.frontend.frontend import RequestOutput
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.generation import Answers, Work, generate
-from lmdeploy.serve.http import Reply, Request, Stream, json_reply
+from lmdeploy.serve.http import Request, Response, Stream, json_reply
 from lmdeploy.serve.openai.answers import Completion, CompletionChoice, CompletionLogprobs
 from lmdeploy.serve.openai.convert import completion_works, finite, ranked, usage_info
-from lmdeploy.serve.openai.protocol import CompletionRequest, read
+from lmdeploy.serve.openai.protocol import CompletionRequest
 from lmdeploy.serve.sse import DONE, error_event, event
 from lmdeploy.tokenizer import Tokenizer
 
@@ -24,10 +24,8 @@ class Completions:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    async def __call__(self, request: Request) -> Reply | Stream:
+    async def __call__(self, body: CompletionRequest, request: Request) -> Response:
         context = self.context
-        body, unknown = read(CompletionRequest, request.json(context.limits))
-        context.metrics.unknown_fields += unknown
         request.model = body.model
         context.check_model(body.model)
         works = completion_works(body, context.limits)

@@ -11,10 +11,10 @@ from lmdeploy.messages import GenerationConfig
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.generation import Work, generate
-from lmdeploy.serve.http import Reply, Request, json_reply
+from lmdeploy.serve.http import Request, Response, json_reply
 from lmdeploy.serve.openai.answers import Embedding, EmbeddingList, EmbeddingUsage
 from lmdeploy.serve.openai.convert import raw_prompts
-from lmdeploy.serve.openai.protocol import EmbeddingRequest, read
+from lmdeploy.serve.openai.protocol import EmbeddingRequest
 
 POOL = GenerationConfig(max_new_tokens=1, output_last_hidden_state='generation', ignore_eos=True)
 """The one generated token is drawn from the last position of the input, and of that position alone comes a row."""
@@ -26,10 +26,8 @@ class Embeddings:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    async def __call__(self, request: Request) -> Reply:
+    async def __call__(self, body: EmbeddingRequest, request: Request) -> Response:
         context = self.context
-        body, unknown = read(EmbeddingRequest, request.json(context.limits))
-        context.metrics.unknown_fields += unknown
         request.model = body.model
         context.check_model(body.model)
         works = [Work(prompt, replace(POOL), do_preprocess=False)

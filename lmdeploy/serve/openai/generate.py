@@ -10,11 +10,11 @@ from lmdeploy.messages import GenerationConfig
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.generation import Work, generate
-from lmdeploy.serve.http import Reply, Request, Stream, json_reply
+from lmdeploy.serve.http import Request, Response, Stream, json_reply
 from lmdeploy.serve.limits import Limits
 from lmdeploy.serve.openai.answers import GenerateAnswer, GenerateMeta
 from lmdeploy.serve.openai.convert import finite, or_default, ranked, stop_ids, stop_texts
-from lmdeploy.serve.openai.protocol import GenerateRequest, read
+from lmdeploy.serve.openai.protocol import GenerateRequest
 from lmdeploy.serve.sse import DONE, error_event, event
 
 
@@ -24,10 +24,8 @@ class Generate:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    async def __call__(self, request: Request) -> Reply | Stream:
+    async def __call__(self, body: GenerateRequest, request: Request) -> Response:
         context = self.context
-        body, unknown = read(GenerateRequest, request.json(context.limits))
-        context.metrics.unknown_fields += unknown
         request.model = context.model_names[0]
         work = _work(body, context.limits)
         pieces = self._pieces(request, body, work)

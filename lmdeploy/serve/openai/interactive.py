@@ -20,11 +20,11 @@ from lmdeploy.messages import GenerationConfig
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError, body, describe
 from lmdeploy.serve.generation import Work, generate
-from lmdeploy.serve.http import Reply, Request, Stream, json_reply
+from lmdeploy.serve.http import Request, Response, Stream, json_reply
 from lmdeploy.serve.limits import Limits
 from lmdeploy.serve.openai.answers import InteractiveAnswer
 from lmdeploy.serve.openai.convert import messages, or_default, stop_texts
-from lmdeploy.serve.openai.protocol import InteractiveRequest, read
+from lmdeploy.serve.openai.protocol import InteractiveRequest
 
 
 @dataclass(slots=True)
@@ -74,10 +74,8 @@ class Interactive:
         self.conversations = Conversations(context.limits)
         self._ids = itertools.count(1 << 40)  # of sessions whose clients leave the choice to us
 
-    async def __call__(self, request: Request) -> Reply | Stream:
+    async def __call__(self, ask: InteractiveRequest, request: Request) -> Response:
         context = self.context
-        ask, unknown = read(InteractiveRequest, request.json(context.limits))
-        context.metrics.unknown_fields += unknown
         request.model = context.model_names[0]
         caller, session = request.caller.id, ask.session_id
         if ask.cancel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from lmdeploy.serve.context import ServerContext
-from lmdeploy.serve.http import Reply, Request, json_reply
+from lmdeploy.serve.http import Response, json_reply
 from lmdeploy.serve.openai.answers import ModelCard, ModelList, ModelPermission
 
 
@@ -15,7 +15,7 @@ class Models:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    async def __call__(self, request: Request) -> Reply:
+    async def __call__(self) -> Response:
         frontend = self.context.engine.frontend
         length = None if frontend is None else frontend.capacity.session_len
         return json_reply(ModelList(data=[self._card(name, length) for name in self.context.model_names]))

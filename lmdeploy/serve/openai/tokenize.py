@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lmdeploy.frontend.frontend import MAX_CHARS_PER_TOKEN, AsyncFrontend
 from lmdeploy.frontend.prompts import Prompt
 from lmdeploy.messages import GenerationConfig
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.errors import HttpError
-from lmdeploy.serve.http import Reply, Request, json_reply
+from lmdeploy.serve.http import Request, Response, json_reply
 from lmdeploy.serve.openai.answers import Detokenized, Encoded, Tokenized
 from lmdeploy.serve.openai.convert import messages, or_default, plain_tools
-from lmdeploy.serve.openai.protocol import Body, DetokenizeRequest, EncodeRequest, TokenizeRequest, read
+from lmdeploy.serve.openai.protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
 
-B = TypeVar('B', bound=Body)
 T = TypeVar('T')
 
 
@@ -26,14 +25,10 @@ class _Handler:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
 
-    def body(self, kind: type[B], request: Request) -> B:
-        body, unknown = read(kind, request.json(self.context.limits))
-        self.context.metrics.unknown_fields += unknown
-        model: Any = getattr(body, 'model', None)
+    def name(self, request: Request, model: str | None) -> None:
         if model is not None:
             request.model = model
             self.context.check_model(model)
-        return body
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.context.pool, work)
@@ -42,9 +37,9 @@ class _Handler:
 class Encode(_Handler):
     """``POST /v1/encode``."""
 
-    async def __call__(self, request: Request) -> Reply:
+    async def __call__(self, body: EncodeRequest, request: Request) -> Response:
         frontend = self.context.frontend()
-        body = self.body(EncodeRequest, request)
+        self.name(request, body.model)
         texts = [body.input] if isinstance(body.input, str) else body.input
         self.context.limits.check('prompts', texts, 'input')
         for text in texts:
@@ -76,9 +71,9 @@ def _refuse_huge(frontend: AsyncFrontend, text: str, param: str) -> None:
 class Tokenize(_Handler):
     """``POST /tokenize``."""
 
-    async def __call__(self, request: Request) -> Reply:
+    async def __call__(self, body: TokenizeRequest, request: Request) -> Response:
         frontend, limits = self.context.frontend(), self.context.limits
-        body = self.body(TokenizeRequest, request)
+        self.name(request, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise HttpError('LMD-512', param='prompt', reason='give either prompt or messages')
         if body.prompt is not None:
@@ -99,9 +94,9 @@ class Tokenize(_Handler):
 class Detokenize(_Handler):
     """``POST /detokenize``."""
 
-    async def __call__(self, request: Request) -> Reply:
+    async def __call__(self, body: DetokenizeRequest, request: Request) -> Response:
         frontend = self.context.frontend()
-        body = self.body(DetokenizeRequest, request)
+        self.name(request, body.model)
         vocab = frontend.capacity.vocab_size
         if len(body.tokens) > 8 * frontend.capacity.session_len:
             raise HttpError('LMD-512', param='tokens', reason='there are far more than the model reads')

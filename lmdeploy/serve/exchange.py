@@ -1,0 +1,113 @@
+"""The response of one request: what was sent of it, and what can still be sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.responses import Response
+
+from lmdeploy.errors import LmdeployError
+from lmdeploy.log import get_logger
+from lmdeploy.serve.errors import Failure, failure
+from lmdeploy.serve.http import Message, Request, Send, Stream
+from lmdeploy.serve.middleware import Header
+from lmdeploy.serve.sse import Writer
+
+JSON: Header = (b'content-type', b'application/json')
+CLOSE: Header = (b'connection', b'close')
+SAFE: Header = (b'x-content-type-options', b'nosniff')
+
+
+class Counts(Protocol):
+    """What an exchange adds to the metrics."""
+
+    rejected: Counter[str]
+
+
+class Exchange:
+    """Sends whole responses and streams, each with the headers that all have, and tells of errors in the form that is
+    still possible: as a response, as the last event of a stream, or by dropping the connection."""
+
+    def __init__(self, counts: Counts, request: Request, send: Send) -> None:
+        self.request, self._counts, self._send = request, counts, send
+        self.headers: list[Header] = [(b'x-request-id', request.id.encode()), SAFE]
+        self.failure: Callable[[BaseException, str], Failure] = failure
+        self.head_only = False
+        self.status = 0  # 0: nothing was sent
+        self.code = ''  # of the error, if there was one
+        self._stream: Stream | None = None
+        self._writer: Writer | None = None
+
+    async def send(self, message: Message) -> None:
+        """The ASGI callable for the application inside."""
+        if message['type'] == 'http.response.start':
+            self.status = message['status']
+            message = {**message, 'headers': [*message['headers'], *self.headers]}
+        elif self.head_only and message['type'] == 'http.response.body':
+            message = {**message, 'body': b''}
+        await self._send(message)
+
+    async def reply(self, response: Response) -> None:
+        """Send a whole response."""
+        await response(self.request.scope, self.request.receive, self.send)
+
+    async def stream(self, stream: Stream) -> None:
+        """Wait for the first chunk, and only then say that all is well; send all that follow."""
+        self._stream = stream
+        first = await anext(stream.chunks)
+        await self.send({'type': 'http.response.start', 'status': stream.status_code, 'headers': stream.raw_headers})
+        self._writer = writer = Writer(self._send, self.request.limits)
+        writer.write(first)
+        async for chunk in stream.chunks:
+            writer.write(chunk)
+        await writer.finish()
+
+    async def end(self) -> None:
+        """Nothing more will come."""
+        if self._writer is not None:
+            await self._send({'type': 'http.response.body', 'body': b'', 'more_body': False})
+
+    async def fail(self, error: Exception) -> None:
+        """Tell the client of an error."""
+        told = self.failure(error, self.request.id)
+        self.code = told.code
+        self._log(error, told)
+        if not self.status:
+            if not self.request.outcome:
+                self._counts.rejected[told.code] += 1
+            if told.code != 'request_cancelled':
+                response = Response(told.body, told.status)
+                closing = (CLOSE,) if told.status in (408, 413, 431) else ()  # what follows may be the rest of a body
+                response.raw_headers += [JSON, *told.headers, *closing]
+                await self.reply(response)
+            return
+        if self._writer is None or self._stream is None or told.code == 'slow_reader':
+            self._abort()
+            return
+        self._writer.write(self._stream.error(error))
+        await self._writer.finish()
+        await self.end()
+
+    async def close(self) -> None:
+        """Stop what still produces."""
+        if self._stream is not None:
+            await self._stream.chunks.aclose()
+        if self._writer is not None:
+            await self._writer.close()
+
+    def _abort(self) -> None:
+        """Drop the connection: without an end, the client knows that something is missing."""
+        abort = self.request.scope.get('extensions', {}).get('lmdeploy.abort')
+        if abort is not None:
+            abort()
+
+    def _log(self, error: Exception, told: Failure) -> None:
+        logger = get_logger()
+        if isinstance(error, LmdeployError):
+            level = logger.error if told.status == 500 else logger.info
+            level('request %s: %d %s: %r', self.request.id, told.status, told.code, str(error)[:500])
+        else:
+            logger.error('request %s: %s %s failed', self.request.id, self.request.method, self.request.path[:200],
+                         exc_info=error)
