@@ -5,6 +5,9 @@ Life of a slot: ``open`` (at admission and after a preemption) resets everything
 forgets it. Tables of numbers that the host knows are numpy arrays; the two that only the device knows are tensors, so
 that a step can be launched before the host has seen the tokens of the one before.
 
+With *device tables* (on every device but a CPU), block tables and sampling parameters lie on the device
+(:mod:`lmdeploy.runner.tables`); the host's columns then only say which path a row takes.
+
 Positions do the counting: the token at position p is draw ``p - prompt_len`` of its request, so no counter can go wrong
 by a preemption, a rejected draft or a second step in flight.
 """
@@ -19,6 +22,8 @@ from torch import Tensor
 
 from lmdeploy.engine.plan import OpenSlot
 from lmdeploy.engine.sampling import SamplingParams
+from lmdeploy.ops.slots import CHANGES, GENERATED, IN_PROMPT, MOST_SEEN, NO_END
+from lmdeploy.runner.tables import DeviceTables, send
 
 # which positions' logits or hidden states a request wants to see
 ROWS_NONE, ROWS_GENERATION, ROWS_ALL = 0, 1, 2
@@ -44,13 +49,38 @@ class SlotExtras:
     bad_heads: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     bad_tails: np.ndarray = field(default_factory=lambda: _NO_IDS)
 
+    @property
+    def changes(self) -> int:
+        """How many logits it changes by a constant: biases, bans, and stop ids before ``min_new_tokens``."""
+        stops = len(self.stop_ids) if self.params.min_new_tokens > 0 else 0
+        return len(self.bias_ids) + len(self.banned_ids) + stops
+
+    def write_changes(self, out: np.ndarray) -> None:
+        """Fill ``out [3, CHANGES] int32`` (ids, bits of values, ends), unless they are too many for it."""
+        count = self.changes
+        if count > CHANGES:
+            return
+        stops = self.stop_ids if self.params.min_new_tokens > 0 else _NO_IDS
+        banned = len(self.banned_ids) + len(stops)
+        out[0, :count] = np.concatenate([self.bias_ids, self.banned_ids, stops])
+        out[1, :count] = np.concatenate([self.bias_values, np.full(banned, -np.inf, np.float32)]).view(np.int32)
+        out[2, :count] = NO_END
+        out[2, count - len(stops) : count] = self.params.min_new_tokens
+
 
 class SlotTable:
-    """Per-slot state of ``slots`` requests with at most ``session_len`` tokens each."""
+    """Per-slot state of ``slots`` requests with at most ``session_len`` tokens each.
 
-    def __init__(self, slots: int, session_len: int, block_size: int, device: torch.device) -> None:
+    ``vocab_size`` given: with device tables.
+    """
+
+    def __init__(self, slots: int, session_len: int, block_size: int, device: torch.device,
+                 vocab_size: int | None = None) -> None:
         self.size, self.session_len, self.block_size, self.device = slots, session_len, block_size, device
-        self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.tables = None if vocab_size is None else DeviceTables(slots, session_len, block_size, vocab_size, device)
+        self.last_token = torch.zeros(slots, dtype=torch.int32, device=device) if self.tables is None else (
+            self.tables.sampling.last_token)
+        self._entered: list[OpenSlot] = []  # opened, and not yet in the device tables
         self.history = torch.zeros(slots, 0, dtype=torch.int32, device=device)  # [slots, width]; grows when needed
         self.blocks = np.zeros((slots, 8), np.int32)  # block tables, padded with the null block; the width grows
         self.num_blocks = np.zeros(slots, np.int32)
@@ -75,6 +105,8 @@ class SlotTable:
         self.has_bad_sequences = np.zeros(slots, bool)
         self.has_processors = np.zeros(slots, bool)
         self.keeps_history = np.zeros(slots, bool)
+        self.odd = np.zeros(slots, bool)  # asks for more than device tables offer
+        self.plain = np.ones(slots, bool)  # greedy and nothing else
         self.logit_rows = np.zeros(slots, np.uint8)  # ROWS_NONE | ROWS_GENERATION | ROWS_ALL
         self.hidden_rows = np.zeros(slots, np.uint8)
         self.extras: list[SlotExtras | None] = [None] * slots
@@ -100,19 +132,46 @@ class SlotTable:
         self.has_stops[slot] = len(extras.stop_ids) > 0 and params.min_new_tokens > 0
         self.has_bad_sequences[slot] = len(extras.bad_tails) > 0
         self.has_processors[slot] = bool(params.logits_processors)
-        self.keeps_history[slot] = (
-            self.has_bad_sequences[slot] or self.has_processors[slot] or params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        )
+        penalised = (params.repetition_penalty != 1.0 or params.presence_penalty != 0.0
+                     or params.frequency_penalty != 0.0)
+        looks_back = self.has_bad_sequences[slot] or self.has_processors[slot]
+        self.keeps_history[slot] = looks_back or (penalised and self.tables is None)
         if self.keeps_history[slot]:
             end = min(self.session_len, request.prompt_len + params.max_new_tokens)
             self.reserve_history(max(len(tokens), end) + 1)
-            self.history[slot, : len(tokens)] = torch.from_numpy(np.ascontiguousarray(tokens, np.int32)).to(self.device)
+            self.history[slot, : len(tokens)] = send(self.device, np.asarray(tokens, np.int32))[0]
+        if self.tables is not None:
+            changes = extras.changes
+            self.odd[slot] = (
+                looks_back or changes > CHANGES or params.logprobs >= 0 or self.logit_rows[slot] != ROWS_NONE
+                or self.hidden_rows[slot] != ROWS_NONE)
+            self.plain[slot] = self.greedy[slot] and not penalised and not changes
+            self._entered.append(request)
+
+    def flush(self) -> None:
+        """Write the slots that were opened since the last time into the device tables."""
+        entered, self._entered = self._entered, []
+        if not entered or self.tables is None:
+            return
+        slots = np.array([request.slot for request in entered])
+        reals = np.stack([
+            np.where(self.greedy[slots], 0.0, self.temperature[slots]), self.top_p[slots], self.min_p[slots],
+            self.repetition[slots], self.presence[slots], self.frequency[slots]])
+        penalised = (reals[3] != 1.0) | (reals[4] != 0.0) | (reals[5] != 0.0)
+        integers = np.stack([self.top_k[slots], penalised, self.prompt_len[slots]])
+        changes = np.zeros((3, len(slots), CHANGES), np.int32)
+        changes[0] = -1
+        for row, request in enumerate(entered):
+            self.of(request.slot).write_changes(changes[:, row])
+            if penalised[row]:
+                self.tables.count(request.slot, *_seen(request))
+        self.tables.open(slots, reals, integers, self.seed[slots], changes)
 
     def close(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         self.opened[slot] = False
-        self.blocks[slot] = 0
+        if self.tables is None:
+            self.blocks[slot] = 0
         self.num_blocks[slot] = 0
         self.extras[slot] = None
         self.keeps_history[slot] = False
@@ -130,6 +189,10 @@ class SlotTable:
         counts = np.diff(block_start)
         rows = np.repeat(np.arange(len(slots)), counts)
         columns = self.num_blocks[slots][rows] + np.arange(len(blocks)) - block_start[:-1][rows]
+        if self.tables is not None:
+            self.tables.append(slots[rows], columns, blocks)
+            self.num_blocks[slots] += counts.astype(np.int32)
+            return
         width = self.blocks.shape[1]
         if columns.max() >= width:
             grown = np.zeros((self.size, max(2 * width, int(columns.max()) + 1)), np.int32)
@@ -173,3 +236,14 @@ def _extras(params: SamplingParams) -> SlotExtras:
         bad_heads=heads,
         bad_tails=np.array([sequence[-1] for sequence in longer], np.int64),
     )
+
+
+def _seen(request: OpenSlot) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct tokens of a request, and their entries in the table ``seen``."""
+    prompt = np.unique(request.tokens[: request.prompt_len])
+    generated, counts = np.unique(request.tokens[request.prompt_len :], return_counts=True)
+    tokens = np.union1d(prompt, generated)
+    entries = np.zeros(len(tokens), np.int64)
+    entries[np.searchsorted(tokens, generated)] = GENERATED * counts
+    entries[np.searchsorted(tokens, prompt)] += IN_PROMPT
+    return tokens, np.minimum(entries, MOST_SEEN)
