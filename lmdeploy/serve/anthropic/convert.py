@@ -72,12 +72,12 @@ def _plan(body: CountTokensRequest, limits: Limits, parsers: ParserNames, *, max
     if body.output_config is not None and body.output_config.effort is not None:
         effort = EFFORTS.get(body.output_config.effort, body.output_config.effort)
     choice = _choice(body)
-    chat = ChatRequest(
-        model=body.model, messages=[Message.model_construct(**m) for m in messages(body, limits)],
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop,
-        tools=[_tool(i, tool) for i, tool in enumerate(body.tools)] if body.tools else None, tool_choice=choice,
-        parallel_tool_calls=most_calls(body) is None, enable_thinking=_thinking(body, parsers, choice),
-        reasoning_effort=effort, response_format=_format(body, choice))
+    chat = ChatRequest.model_validate({
+        'model': body.model, 'messages': [Message.model_construct(**m) for m in messages(body, limits)],
+        'max_tokens': max_tokens, 'temperature': temperature, 'top_p': top_p, 'top_k': top_k, 'stop': stop,
+        'tools': [_tool(i, tool) for i, tool in enumerate(body.tools)] if body.tools else None, 'tool_choice': choice,
+        'parallel_tool_calls': most_calls(body) is None, 'enable_thinking': _thinking(body, parsers, choice),
+        'reasoning_effort': effort, 'response_format': _format(body, choice)})
     return chat_plan(chat, limits, parsers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lmdeploy.serve.anthropic.events import MessageAnswer, TokenCount, message_failure
+from lmdeploy.serve.anthropic.messages import CountTokens, Messages
 from lmdeploy.serve.app import App
 from lmdeploy.serve.auth import Access
 from lmdeploy.serve.context import ServerContext
@@ -21,6 +23,7 @@ def create_app(context: ServerContext) -> App:
     """The ASGI application of a server."""
     routes = Routes()
     add_inference(routes, context)
+    add_anthropic(routes, context)
     add_operations(routes, context)
     return App(context, routes, docs=context.docs, models=context.model_names)
 
@@ -41,6 +44,14 @@ def add_inference(routes: Routes, context: ServerContext) -> None:
     routes.add('POST', '/tokenize', Tokenize(context), user, 'a text or a conversation to tokens',
                answer=answers.Tokenized)
     routes.add('POST', '/detokenize', Detokenize(context), user, 'tokens to a text', answer=answers.Detokenized)
+
+
+def add_anthropic(routes: Routes, context: ServerContext) -> None:
+    """The same under Anthropic's interface, errors included."""
+    routes.add('POST', '/v1/messages', Messages(context), Access.USER, "answer a conversation, in Anthropic's form",
+               answer=MessageAnswer, failure=message_failure)
+    routes.add('POST', '/v1/messages/count_tokens', CountTokens(context), Access.USER,
+               'how many tokens the prompt of a message has', answer=TokenCount, failure=message_failure)
 
 
 def add_operations(routes: Routes, context: ServerContext) -> None:
