@@ -29,3 +29,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """``s = x + residual``; returns ``(rms_norm(s), s)``, both ``[..., D]`` of x's dtype."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+@op
+def norm_add_rms_norm(x: Tensor, residual: Tensor, post_weight: Tensor, weight: Tensor,
+                      eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``add_rms_norm(rms_norm(x, post_weight, eps), residual, weight, eps)``: a norm on both sides of the addition."""
+    return add_rms_norm(rms_norm(x, post_weight, eps), residual, weight, eps)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PACKAGES = {'cpu': 'lmdeploy.ops.cpu'}  # where a device's own implementations live; imported when first asked for
+# where a device's own implementations live; imported when first asked for
+_PACKAGES = {'cpu': 'lmdeploy.ops.cpu', 'cuda': 'lmdeploy.ops.triton'}
 _loaded: set[str] = set()
 
 

@@ -1,0 +1,5 @@
+"""Triton kernels for GPUs; importing this package registers them in the op table."""
+
+from lmdeploy.ops.triton import activation, embedding, gemm, norm
+
+__all__ = ['activation', 'embedding', 'gemm', 'norm']

@@ -1,0 +1,39 @@
+"""What all kernels share: programmatic dependent launch and prefetching.
+
+Every kernel takes ``PDL: tl.constexpr``. With it, the kernel lets the next one start at once (``gdc_launch_dependents``
+is the first thing it does) and waits (``gdc_wait``) before it reads what another kernel wrote and before it writes
+anything: the wait ends when the kernel before has finished and its writes are visible. Only what no kernel writes, the
+weights, may be touched before. A kernel that does not wait breaks the chain for all that follow it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ['gdc_launch_dependents', 'gdc_wait', 'multiprocessors', 'prefetch_l2', 'supports_pdl']
+
+
+@lru_cache
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels on ``device`` may be launched before the one in front of them has finished."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors ``device`` has; 1 for the interpreter on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+
+
+@triton.jit
+def prefetch_l2(address, BYTES: tl.constexpr):
+    """Bring ``BYTES`` (a multiple of 16) behind each of the pointers ``address`` (multiples of 16) to the L2 cache."""
+    size = tl.full(address.shape, BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;', '=r,l,r', [address.to(tl.int64), size],
+        dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
