@@ -13,6 +13,9 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.serve.errors import HttpError
 
 MAX_KEY_BYTES = 4096
+CALLER = b'x-lmdeploy-caller'
+"""In which a trusted proxy names its caller; of others it means nothing."""
+MAX_CALLER = 200
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -62,6 +65,7 @@ class KeyRing:
         self._keys = [_key(key, admin) for key, admin in keys.items()]
         self._required = any(not admin for admin in keys.values()) or bool(keys)
         self._has_admin_keys = any(keys.values())
+        self._proxy: _Key | None = None
         self._enable_admin = enable_admin
 
     @property
@@ -77,7 +81,7 @@ class KeyRing:
         """
         if access is Access.OPEN:
             return Caller()
-        caller = self._caller(headers)
+        caller = self._proxied(headers) or self._caller(headers)
         if caller is None:
             if self._required:
                 raise HttpError('LMD-504')
@@ -96,6 +100,24 @@ class KeyRing:
                     found = key.caller
         return found
 
+    def trust_proxy(self, key: str) -> None:
+        """Let a proxy that has ``key`` speak for its own callers, whom it names in :data:`CALLER`: each of them has the
+        limits, the prefix cache and the sessions of a caller with a key. By itself it is an administrator."""
+        self._proxy = _key(key, True)
+
+    def _proxied(self, headers: Headers) -> Caller | None:
+        """The caller for whom a proxy speaks."""
+        proxy = self._proxy
+        if proxy is None or not any(hmac.compare_digest(proxy.digest, hashlib.sha256(given).digest())
+                                    for given in _given(headers)):
+            return None
+        names = [value for name, value in headers if name.lower() == CALLER]
+        if not names:
+            return proxy.caller
+        name = names[0].decode('latin-1')[:MAX_CALLER]
+        return Caller(f'proxy-{hashlib.sha256(name.encode()).hexdigest()[:12]}', keyed=True,
+                      salt=hashlib.sha256(b'proxied' + name.encode()).digest()[:16])
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -112,6 +134,11 @@ def _key(text: str, admin: bool) -> _Key:
     public = hashlib.sha256(b'id' + digest).hexdigest()[:12]
     salt = hashlib.sha256(b'salt' + digest).digest()[:16]
     return _Key(digest, Caller(f'key-{public}', admin, salt, keyed=True))
+
+
+def gives_key(headers: Headers) -> bool:
+    """Whether the headers carry something that is meant as a key."""
+    return bool(_given(headers))
 
 
 def _given(headers: Headers) -> list[bytes]:

@@ -15,6 +15,7 @@ from lmdeploy.serve.auth import KeyRing
 from lmdeploy.serve.deadline import Deadline
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.limits import Limits
+from lmdeploy.serve.meter import EngineMeter, Meter
 from lmdeploy.serve.metrics import ServerMetrics
 from lmdeploy.serve.middleware import Cors
 from lmdeploy.serve.parsers import ParserNames, for_template
@@ -169,6 +170,9 @@ class ServerContext:
         found = for_template(template.name, frontend.tokenizer.chat_template if template.name == 'hf' else None)
         names = (self.tool_parser or found.tools, self.reasoning_parser or found.reasoning)
         return ParserNames(*(None if name == 'none' else name for name in names))
+
+    def meter(self) -> Meter:
+        return EngineMeter(self)
 
     def stats(self) -> EngineStats | None:
         """The engine's counters; None until it is loaded."""

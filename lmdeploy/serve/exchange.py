@@ -62,6 +62,8 @@ class Exchange:
         writer.write(first)
         async for chunk in stream.chunks:
             writer.write(chunk)
+            if stream.paced:
+                await writer.room()
         await writer.finish()
 
     async def end(self) -> None:
@@ -83,7 +85,7 @@ class Exchange:
                 response.raw_headers += [JSON, *told.headers, *closing]
                 await self.reply(response)
             return
-        if self._writer is None or self._stream is None or told.code == 'slow_reader':
+        if self._writer is None or self._stream is None or self._stream.error is None or told.code == 'slow_reader':
             self._abort()
             return
         self._writer.write(self._stream.error(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -110,6 +110,16 @@ class Request(requests.Request):
             pass
 
 
+class Chunks(Protocol):
+    """Pieces of a body; an async generator is the usual one."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def __anext__(self) -> Awaitable[bytes]: ...
+
+    async def aclose(self) -> None: ...
+
+
 class _Exchange(Protocol):
     async def stream(self, stream: Stream) -> None: ...
 
@@ -120,12 +130,15 @@ class Stream(Response):
     Args:
         chunks: yields ready bytes. The first is awaited before the status is sent, so that what fails until then is an
             ordinary response.
-        error: turns a later failure into a last piece.
+        error: turns a later failure into a last piece; None: the connection is dropped, so that the client knows that
+            something is missing.
+        paced: ask for the next piece only when the reader has taken most of what there is. It is for pieces that wait
+            elsewhere; where they are made, a slow reader must not hold up their making.
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], error: Callable[[BaseException], bytes], *,
-                 status: int = 200, headers: Mapping[str, str] = EVENTS) -> None:
-        self.chunks, self.error = chunks, error
+    def __init__(self, chunks: Chunks, error: Callable[[BaseException], bytes] | None, *, status: int = 200,
+                 headers: Mapping[str, str] = EVENTS, paced: bool = False) -> None:
+        self.chunks, self.error, self.paced = chunks, error, paced
         self.status_code, self.background = status, None
         self.init_headers(headers)
 

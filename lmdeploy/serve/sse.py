@@ -51,6 +51,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._backlog = bytearray()
         self._wake = asyncio.Event()
+        self._taken = asyncio.Event()
         self._since = 0.0  # when the running send began; 0: none runs
         self._ending = False
         self._task = asyncio.create_task(self._run())
@@ -65,11 +66,27 @@ class Writer:
         if self._task.done():
             self._task.result()
         if self._since and self._loop.time() - self._since > self._limits.stall_seconds:
-            raise HttpError('LMD-523', reason=f'nothing was taken for {self._limits.stall_seconds} seconds')
+            raise self._stalled()
         if len(self._backlog) + len(chunk) > self._limits.stream_bytes and self._backlog:
             raise HttpError('LMD-523', reason=f'more than {self._limits.stream_bytes} bytes were waiting')
         self._backlog += chunk
         self._wake.set()
+
+    async def room(self) -> None:
+        """Wait until most of what was written is sent.
+
+        Raises:
+            HttpError: LMD-523.
+        """
+        while len(self._backlog) > self._limits.stream_bytes // 4:
+            self._taken.clear()
+            try:
+                await asyncio.wait_for(self._taken.wait(), self._limits.stall_seconds)
+            except asyncio.TimeoutError:
+                raise self._stalled() from None
+
+    def _stalled(self) -> HttpError:
+        return HttpError('LMD-523', reason=f'nothing was taken for {self._limits.stall_seconds} seconds')
 
     async def finish(self) -> None:
         """Wait until everything is sent.
@@ -82,7 +99,7 @@ class Writer:
         try:
             await asyncio.wait_for(asyncio.shield(self._task), self._limits.stall_seconds)
         except asyncio.TimeoutError:
-            raise HttpError('LMD-523', reason=f'nothing was taken for {self._limits.stall_seconds} seconds') from None
+            raise self._stalled() from None
 
     async def close(self) -> None:
         """Give up what was not sent."""
@@ -99,6 +116,7 @@ class Writer:
                 self._since = self._loop.time()
                 await self._send({'type': 'http.response.body', 'body': chunk, 'more_body': True})
                 self._since = 0.0
+                self._taken.set()
             if self._ending:
                 return
 
