@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
 HEADER_BYTES = 1 << 20
 """Nothing of a request whose header is larger is answered; smaller ones that are still too large get a 431."""
+UNREAD_SECONDS = 30.0
+"""Without a byte taken of a response that is complete."""
+MALFORMED = 'Invalid HTTP request received.'
 
 
 class Connection(HttpToolsProtocol):
-    """Closes connections whose request line and headers do not arrive in time, or without an end.
+    """Closes connections whose request line and headers do not arrive in time, or without an end, and those whose
+    client does not take its response.
+
+    Requests of which two readers could see different ends or different hosts are refused. An offer to change the
+    protocol is declined, as if it were not there: the parser would take the body behind it for another protocol's.
 
     The scope of a request gets ``extensions['lmdeploy.abort']``, which drops the connection with all that waits in it:
     an ordinary close would wait for a reader that takes nothing.
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
     _header_size = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -27,7 +36,22 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = self._head_without_offer() + data[offer.args[0]:]
+                self.parser = httptools.HttpRequestParser(self)  # type: ignore[arg-type]
+            except httptools.HttpParserError:
+                self.send_400_response(MALFORMED)
+                return
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -44,8 +68,49 @@ class Connection(HttpToolsProtocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # it comes again, without the offer
+            return
         self._stop_timer()
+        self._check_framing()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+        self._watch_reader(None)
+
+    def _check_framing(self) -> None:
+        """Refuse what the parser lets pass, by an error that it turns into a 400."""
+        hosts = codings = 0
+        for name, value in self.headers:
+            if name == b'host':
+                hosts += 1
+            elif name == b'transfer-encoding':
+                codings += 1
+                if value.strip().lower() != b'chunked' or self.parser.get_http_version() != '1.1':
+                    raise ValueError('a coding that is not understood')
+        if hosts > 1 or codings > 1:
+            raise ValueError('a field that there can be only one of')
+
+    def _head_without_offer(self) -> bytes:
+        """The head of the request that the parser stopped at, for another parser."""
+        lines = [self.parser.get_method() + b' ' + self.url + b' HTTP/' + self.parser.get_http_version().encode()]
+        lines += [name + b': ' + value for name, value in self.headers if name not in (b'upgrade', b'http2-settings')]
+        return b'\r\n'.join(lines) + b'\r\n\r\n'
+
+    def _watch_reader(self, before: int | None) -> None:
+        """Every so often, as long as bytes wait: drop the connection if no less wait than ``before``."""
+        self._unread_timer = None
+        waiting = self.transport.get_write_buffer_size()
+        if before is not None and waiting >= before:
+            self.transport.abort()
+        elif waiting:
+            self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._watch_reader, waiting)
 
     def _count(self, size: int) -> None:
         self._header_size += size
