@@ -17,6 +17,7 @@ from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.request import EngineInput
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.local import LocalExecutor
+from lmdeploy.runner.graphs import rerun
 from tests.models.tiny import ARCHITECTURES, VOCAB, load_reference, make_tiny
 
 NEW = 32
@@ -75,15 +76,26 @@ def run(core: EngineCore, requests: list[EngineInput]) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+# device, runner, and what records graphs (on a CPU nothing does unless told to: static buffers, buckets and tables)
+DEVICES = {
+    'cpu': ('cpu', 'eager', None),
+    'static buffers': ('cpu', 'graph', rerun),
+    'gpu': ('cuda', 'eager', None),
+    'graph': ('cuda', 'graph', None),
+}
+
+
+@pytest.mark.parametrize('device', [
+    pytest.param(name, marks=[pytest.mark.gpu] if name in ('gpu', 'graph') else []) for name in DEVICES])
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_the_same_tokens_whatever_the_way(arch, way, device, folders):
     options, depth, prefix_caching, twice = WAYS[way]
     folder = folders(arch)
-    config = EngineConfig(**({'dtype': 'float32', 'device': device, 'session_len': 256, 'max_batch_size': 8,
-                              'num_blocks': 40} | options))
-    executor = LocalExecutor(config, folder)
+    device, runner, record = DEVICES[device]
+    config = EngineConfig(**({'dtype': 'float32', 'device': device, 'runner': runner, 'session_len': 256,
+                              'max_batch_size': 8, 'num_blocks': 40} | options))
+    executor = LocalExecutor(config, folder, record=record)
     core = EngineCore(executor, executor.start(), depth=depth, prefix_caching=prefix_caching)
     params = SamplingParams(max_new_tokens=NEW)
     for turn in range(2 if twice else 1):

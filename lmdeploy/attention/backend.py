@@ -30,10 +30,12 @@ class AttentionBackend(Protocol):
     """Writes a step's keys and values into the cache and attends over it.
 
     ``prepare`` runs once per step and may synchronise and allocate; what it returns is put into ``batch.plan``. ``run``
-    runs once per layer and may do neither.
+    runs once per layer and may do neither. A backend that is ``static`` serves static batches too, on which ``prepare``
+    may neither synchronise nor allocate outside the graph that is being recorded.
     """
 
     name: str
+    static: bool
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]: ...
 

@@ -27,6 +27,7 @@ class CPUSpans:
     """Bits of a row depend on that row alone; see :mod:`lmdeploy.ops.cpu.paged_attention`."""
 
     name = 'cpu_spans'
+    static = False
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]:
         return [] if device.type == 'cpu' else [f'runs on cpu, not on {device.type}']

@@ -16,6 +16,7 @@ class Reference:
     """Refuses nothing and is fast at nothing; the oracle of the others."""
 
     name = 'reference'
+    static = False
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]:
         return []

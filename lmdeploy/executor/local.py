@@ -11,6 +11,7 @@ from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.engine.plan import StepPlan
 from lmdeploy.executor.base import Capacity
+from lmdeploy.runner.graphs import GraphStep, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.model_runner import ModelRunner
 from lmdeploy.weights.checkpoint import Checkpoint
@@ -23,11 +24,13 @@ class LocalExecutor:
         engine_config: what the user asked for.
         model_files_path: model folder or ``.gguf`` file.
         model_config, checkpoint: those of the path, where they are open already.
+        record: see :class:`ModelRunner`.
     """
 
     def __init__(self, engine_config: EngineConfig, model_files_path: Path, *, model_config: ModelConfig | None = None,
-                 checkpoint: Checkpoint | None = None) -> None:
-        self._runner = ModelRunner(engine_config, model_files_path, model_config=model_config, checkpoint=checkpoint)
+                 checkpoint: Checkpoint | None = None, record: Record | None = None) -> None:
+        self._runner = ModelRunner(engine_config, model_files_path, model_config=model_config, checkpoint=checkpoint,
+                                   record=record)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -60,7 +63,7 @@ class LocalExecutor:
             choices=runner.choices(),
         )
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> Launched | GraphStep:
         """Start a step; what it raises at once, it raises here."""
         return self._runner.run(plan)
 

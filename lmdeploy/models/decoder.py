@@ -119,6 +119,11 @@ class Decoder:
         tied = tuple(rf'^{re.escape(head)}\.' for head in names.heads) if self.config.tie_word_embeddings else ()
         return names.ignore + tied
 
+    @property
+    def static(self) -> bool:
+        """Whether it serves static batches, so that graphs can be recorded."""
+        return self.attention.static
+
     def prepare(self, batch: ForwardBatch, kv: KVCache) -> None:
         """Put the attention backend's data for this step into the batch, if it is not there yet."""
         if batch.plan is None:

@@ -29,6 +29,9 @@ class CausalLM(Protocol):
     @property
     def ignore(self) -> tuple[str, ...]: ...
 
+    @property
+    def static(self) -> bool: ...
+
     def load(self, prefix: Prefix) -> None: ...
 
     def prepare(self, batch: ForwardBatch, kv: KVCache) -> None: ...
@@ -52,8 +55,8 @@ SPECS: dict[str, Callable[[ModelConfig], DecoderSpec]] = {
 }
 
 
-def build_model(config: ModelConfig, build: Build) -> CausalLM:
-    """The model of ``config``, without weights.
+def decoder_spec(config: ModelConfig) -> DecoderSpec:
+    """The description of ``config``'s decoder.
 
     Raises:
         ConfigError: LMD-110: no such architecture; lists those there are.
@@ -61,4 +64,9 @@ def build_model(config: ModelConfig, build: Build) -> CausalLM:
     spec = SPECS.get(config.architecture)
     if spec is None:
         raise ConfigError('LMD-110', architecture=config.architecture, known=', '.join(sorted(SPECS)))
-    return Decoder(spec(config), build)
+    return spec(config)
+
+
+def build_model(config: ModelConfig, build: Build) -> CausalLM:
+    """The model of ``config``, without weights; raises as :func:`decoder_spec`."""
+    return Decoder(decoder_spec(config), build)

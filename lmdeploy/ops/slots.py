@@ -132,3 +132,27 @@ def _note(tokens: Tensor, at: Tensor, tables: SamplingTables) -> None:
     old = flat[index]
     counted = (tables.has_penalty[at] > 0) & (old < MOST_SEEN)
     flat[index] = torch.where(counted, old + GENERATED, old)
+
+
+@op
+def decode_inputs(packed: Tensor, blocks: Tensor, last_token: Tensor, block_size: int
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a forward of one token per row needs, from what the host sends of each row.
+
+    Args:
+        packed: ``[4, R] int32``: slots; positions; tokens, or -1 for the slot's last one; the block that the row is the
+            first to use, or 0.
+        blocks: ``[S+1, width] int32``: the block tables, which get the new blocks.
+        last_token: ``[S+1] int32``.
+
+    Returns:
+        ``token_ids [R] int32``, ``positions [R] int32``, ``kv_slots [R] int64`` and ``kv_lens [R] int32``.
+    """
+    slots, positions, tokens, new = packed
+    at = slots.long()
+    entries = at * blocks.shape[1] + positions // block_size
+    flat = blocks.view(-1)
+    current = torch.where(new > 0, new, flat[entries])
+    flat[entries] = current
+    token_ids = torch.where(tokens < 0, last_token[at], tokens)
+    return token_ids, positions.clone(), current.long() * block_size + positions % block_size, positions + 1

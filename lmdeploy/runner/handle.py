@@ -21,12 +21,13 @@ class Download:
     arrived: torch.cuda.Event | None = None
 
     @classmethod
-    def start(cls, tensors: list[Tensor]) -> Download:
-        if not tensors or tensors[0].device.type == 'cpu':
+    def start(cls, tensors: list[Tensor], device: torch.device) -> Download:
+        """Without tensors it is over when the step is: nobody runs ahead of the device without end."""
+        if device.type == 'cpu':
             return cls(tensors)
         host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
         arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(tensors[0].device))
+        arrived.record(torch.cuda.current_stream(device))
         return cls(host, arrived)
 
     def wait(self) -> list[Tensor]:
@@ -53,7 +54,7 @@ class Launched:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     _download: Download = field(default_factory=lambda: Download([]))
 
-    def send(self) -> Launched:
+    def send(self, device: torch.device) -> Launched:
         """Start the copies to the host."""
         tensors: list[Tensor] = []
         if self.sampled is not None:
@@ -61,7 +62,7 @@ class Launched:
             if (report := self.sampled.logprobs) is not None:
                 tensors += [report.chosen, report.ids, report.values]
         tensors += [*self.logits.values(), *self.hidden.values()]
-        self._download = Download.start(tensors)
+        self._download = Download.start(tensors, device)
         return self
 
     def result(self) -> StepResult:

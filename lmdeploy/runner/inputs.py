@@ -1,7 +1,8 @@
 """From a StepPlan and the slots to a ForwardBatch, and to the list of positions whose logits are wanted.
 
-Everything is computed on the host with whole-array numpy; the device gets one copy of one buffer. Tokens that only the
-device knows (``PENDING``) are read from ``slots.last_token`` there.
+Everything is computed on the host with whole-array numpy; the device gets one copy of one buffer. What only the device
+knows is read there: tokens (``PENDING``) from ``slots.last_token``, and blocks from the tables of a device that has
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from lmdeploy.engine.plan import OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.slots import SlotTable
+from lmdeploy.runner.tables import send
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
     kv_lens = starts + lengths
     size = slots.block_size
     max_kv = int(kv_lens.max())
+    if slots.tables is not None:
+        return _on_device(plan, slots, rows, positions, query_start, kv_lens)
     table = slots.blocks[plan.slots, : -(-max_kv // size)]
     kv_slots = table[rows, positions // size].astype(np.int64) * size + positions % size
     pending = np.flatnonzero(plan.tokens == PENDING)
@@ -70,6 +74,38 @@ def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
     return batch, outputs
 
 
+def _on_device(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np.ndarray, query_start: np.ndarray,
+               kv_lens: np.ndarray) -> tuple[ForwardBatch, Outputs]:
+    """:func:`build` where block tables lie on the device: only what differs from token to token is sent."""
+    assert slots.tables is not None
+    lengths = np.diff(query_start)
+    outputs = _outputs(plan, rows, positions, lengths, query_start)
+    tokens, positions_, slot_of, query_start_, kv_lens_, row_slots, output_rows = send(
+        slots.device, *(array.astype(np.int32, copy=False) for array in (
+            plan.tokens, positions, plan.slots[rows], query_start, kv_lens, plan.slots, outputs.tokens)))
+    at, size, blocks = slot_of.long(), slots.block_size, slots.tables.blocks
+    block = blocks.view(-1)[at * blocks.shape[1] + positions_ // size]
+    longer = np.flatnonzero(lengths != 1)
+    batch = ForwardBatch(
+        token_ids=torch.where(tokens < 0, slots.last_token[at], tokens),
+        positions=positions_,
+        kv_slots=block.long() * size + positions_ % size,
+        query_start=query_start_,
+        kv_lens=kv_lens_,
+        block_table=blocks,
+        output_rows=output_rows.long(),
+        max_query=int(lengths.max()),
+        max_kv=int(kv_lens.max()),
+        host_query_start=query_start.tolist(),
+        host_kv_lens=kv_lens.tolist(),
+        table_rows=row_slots,
+        num_decode=int(longer[0]) if len(longer) else plan.rows,
+    )
+    if slots.device.type == 'cpu':
+        batch.block_table, batch.table_rows = batch.tables(), torch.arange(plan.rows, dtype=torch.int32)
+    return batch, outputs
+
+
 def _outputs(plan: StepPlan, rows: np.ndarray, positions: np.ndarray, lengths: np.ndarray,
              query_start: np.ndarray) -> Outputs:
     last = 1 + plan.drafts.astype(np.int64)
@@ -83,8 +119,4 @@ def _outputs(plan: StepPlan, rows: np.ndarray, positions: np.ndarray, lengths: n
 
 def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     """The integer ``arrays`` as int64 tensors of the same shapes on ``device``: one buffer, one copy."""
-    flat = torch.from_numpy(np.concatenate([np.ascontiguousarray(a).ravel() for a in arrays], dtype=np.int64))
-    if device.type != 'cpu':
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    sizes = [array.size for array in arrays]
-    return [part.view(array.shape) for part, array in zip(flat.split(sizes), arrays)]
+    return send(device, *(array.astype(np.int64, copy=False) for array in arrays))

@@ -21,17 +21,21 @@ from lmdeploy.engine.plan import OUTPUT_NONE, StepPlan
 from lmdeploy.errors import ConfigError, EngineDead
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
-from lmdeploy.models.registry import CausalLM, build_model
+from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
+from lmdeploy.models.shapes import tensor_shapes
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
 from lmdeploy.runner.memory import MemoryPlan, measure, name_of, plan_memory
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
+from lmdeploy.runner.tables import send
 from lmdeploy.weights.checkpoint import Checkpoint, open_checkpoint
+from lmdeploy.weights.dummy import DummyCheckpoint, read_config
 
 T = TypeVar('T')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -45,14 +49,15 @@ class ModelRunner:
         engine: what the user asked for.
         path: model folder or ``.gguf`` file.
         model_config, checkpoint: those of ``path``, where they are open already.
+        record: makes the graphs; None: the device's own, and none on a CPU.
 
     Attributes:
         model_config, dtype, device, generation_config, plan: known after :meth:`start`.
     """
 
     def __init__(self, engine: EngineConfig, path: Path, *, model_config: ModelConfig | None = None,
-                 checkpoint: Checkpoint | None = None) -> None:
-        self.engine, self.path = engine, path
+                 checkpoint: Checkpoint | None = None, record: Record | None = None) -> None:
+        self.engine, self.path, self._record = engine, path, record
         self._given_config, self._given_checkpoint = model_config, checkpoint
         self.model_config: ModelConfig
         self.generation_config: dict
@@ -63,6 +68,7 @@ class ModelRunner:
         self.kv: KVCache
         self.slots: SlotTable
         self.sampler: Sampler
+        self.graphs: GraphRunner | None = None
 
     @torch.no_grad()  # and not inference_mode: weights are read by threads of their own
     def start(self) -> None:
@@ -71,7 +77,7 @@ class ModelRunner:
         Raises:
             ConfigError, LoadError: what is wrong with the options, the model, or the memory.
         """
-        checkpoint = self._given_checkpoint or open_checkpoint(self.path)
+        checkpoint = self._given_checkpoint or self._open()
         try:
             self._prepare(checkpoint)
             self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
@@ -84,20 +90,32 @@ class ModelRunner:
             self.plan = plan_memory(self._sized(), self.model_config, self.dtype, measure(self.device), weights=0)
         plan = self.plan
         self.kv = KVCache(self.model.kv_shape, plan.num_blocks, self.engine.block_size, self.dtype, self.device)
-        self.slots = SlotTable(plan.max_batch_size, plan.session_len, self.engine.block_size, self.device)
+        record = self._record
+        with_tables = record is not None or self.device.type != 'cpu'
+        self.slots = SlotTable(plan.max_batch_size, plan.session_len, self.engine.block_size, self.device,
+                               self.model_config.vocab_size if with_tables else None)
         self.sampler = Sampler(self.slots)
-        if self.engine.runner == 'graph':
-            get_logger().info('the graph runner is not used on %s: the eager runner is', self.device.type)
+        if self.engine.runner != 'graph':
+            return
+        if record is None and self.device.type != 'cpu' and self.model.static:
+            record = CudaGraphs(self.device)
+        if record is None:
+            get_logger().info('the graph runner is not used on %s with %s attention: the eager runner is',
+                              self.device.type, self.model.choices()['attention'])  # fmt: skip
+            return
+        self.graphs = GraphRunner(self.model, self.kv, self.slots, plan.max_batch_size, record)
+        self.graphs.capture()
 
     def stop(self) -> None:
         """Let go of model and cache; safe to call twice."""
+        self.graphs = None
         for name in ('model', 'kv', 'slots', 'sampler'):
             self.__dict__.pop(name, None)
         gc.collect()
         return_freed_memory()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Launched:
+    def run(self, plan: StepPlan) -> Launched | GraphStep:
         """Launch a step; on a CPU it has run when this returns.
 
         Raises:
@@ -107,15 +125,19 @@ class ModelRunner:
             self.slots.close(slot)
         for request in plan.opened:
             self.slots.open(request)
+        self.slots.flush()
         if not plan.rows:
             return Launched(plan.step, 0)
+        if self.graphs is not None and self.graphs.serves(plan):
+            return self.graphs.launch(plan)
         self.slots.append(plan.slots, plan.block_start, plan.blocks)
         batch, outputs = inputs.build(plan, self.slots)
         return self._with_memory(plan.num_tokens, lambda: self._step(plan, batch, outputs))
 
     def choices(self) -> dict[str, str]:
         """What really runs, for the start line."""
-        chosen = {'runner': 'eager', 'dtype': name_of(self.dtype)} | self.model.choices()
+        runner = 'eager' if self.graphs is None else 'graph'
+        chosen = {'runner': runner, 'dtype': name_of(self.dtype)} | self.model.choices()
         if self.device.type == 'cpu':
             chosen['threads'] = str(self.threads)
         return chosen
@@ -141,6 +163,15 @@ class ModelRunner:
                                  self.plan.session_len, config.context_len)  # fmt: skip
         self.model_config = config
 
+    def _open(self) -> Checkpoint:
+        if self.engine.load_format != 'dummy':
+            return open_checkpoint(self.path)
+        values = read_config(self.path)
+        config = ModelConfig.from_dict(values, session_len=self.engine.session_len,
+                                       rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
+        shapes = tensor_shapes(decoder_spec(config))
+        return DummyCheckpoint(self.path, values, shapes, choose_device(self.engine.device))
+
     def _read_config(self, checkpoint: Checkpoint, session_len: int | None) -> ModelConfig:
         return ModelConfig.from_dict(checkpoint.config, session_len=session_len,
                                      rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
@@ -155,27 +186,27 @@ class ModelRunner:
         hidden = self.model(batch, self.kv)
         launched = Launched(plan.step, plan.rows)
         if not len(outputs.rows):
-            return launched
+            return launched.send(self.device)
         out = hidden[batch.output_rows]
         drawn = np.zeros(len(outputs.rows), bool)
         drawn[outputs.sampled] = True
         for row, at in self._wanted(plan, outputs, drawn, self.slots.hidden_rows[plan.slots]):
-            launched.hidden[row] = out[at].float()
+            launched.hidden[row] = out[send(self.device, at)[0]].float()
         logit_rows = self.slots.logit_rows[plan.slots]
         computed = np.flatnonzero(drawn | (logit_rows == ROWS_ALL)[outputs.rows])
         if not len(computed):
-            return launched.send()
+            return launched.send(self.device)
         everything = len(computed) == len(outputs.rows)
-        logits = self.model.logits(out if everything else out[torch.from_numpy(computed).to(self.device)])
+        logits = self.model.logits(out if everything else out[send(self.device, computed)[0]])
         place = np.zeros(len(outputs.rows), np.int64)
         place[computed] = np.arange(len(computed))
         for row, at in self._wanted(plan, outputs, drawn, logit_rows):
-            launched.logits[row] = logits[place[at]]  # a copy: sampling changes logits in place
+            launched.logits[row] = logits[send(self.device, place[at])[0]]  # a copy: sampling changes logits in place
         if len(outputs.sampled):
             if len(outputs.sampled) < len(computed):
-                logits = logits[torch.from_numpy(place[outputs.sampled]).to(self.device)]
+                logits = logits[send(self.device, place[outputs.sampled])[0]]
             launched.sampled = self.sampler(logits, _sites(plan, outputs))
-        return launched.send()
+        return launched.send(self.device)
 
     def _wanted(self, plan: StepPlan, outputs: inputs.Outputs, drawn: np.ndarray,
                 wishes: np.ndarray) -> list[tuple[int, np.ndarray]]:

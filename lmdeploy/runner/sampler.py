@@ -4,6 +4,9 @@ A *site* is one position that a token is drawn from; a row has one, and one more
 is that of :class:`~lmdeploy.engine.sampling.SamplingParams`. Log-probabilities are those of the model itself: of the
 logits before masks, biases, penalties and temperature, as in OpenAI's API.
 
+With device tables, most of this is one op over slots (:func:`lmdeploy.ops.slots.sample_slots`), and only what the
+tables do not hold is done before it.
+
 Nothing here depends on which other rows are in the batch: draws use a counter-based generator, and all sums run along
 one row in an order of their own. A row that cannot be sampled (logits not finite, nothing allowed, a logits processor
 that raised) gets a status and no token; its neighbours never notice. Nothing waits for the device, except for rows
@@ -21,8 +24,10 @@ from torch import Tensor
 from lmdeploy.engine.plan import DEAD_MASK, NON_FINITE, OK, PROCESSOR_FAILED
 from lmdeploy.ops import logits as change
 from lmdeploy.ops import sample as ops
+from lmdeploy.ops.slots import CHANGES, sample_slots
 from lmdeploy.runner.inputs import upload
 from lmdeploy.runner.slots import SlotTable
+from lmdeploy.runner.tables import DeviceTables, send
 
 
 @dataclass(slots=True)
@@ -94,20 +99,44 @@ class Sampler:
             self._record_drafts(sites, history)
         status = torch.where(finite, OK, NON_FINITE).to(torch.uint8)
         errors: dict[int, str] = {}
-        if self._change(logits, sites, errors):
-            live = change.live_rows(logits)
-            logits.masked_fill_(~live[:, None], 0.0)
-            status = torch.where((status == OK) & ~live, DEAD_MASK, status)
-        for site in errors:
-            status[site] = PROCESSOR_FAILED
-        tokens = self._draw(logits, sites)
+        if slots.tables is not None:
+            tokens, status = self._draw_by_tables(logits, sites, status, errors, slots.tables)
+        else:
+            if self._change(logits, sites, errors):
+                live = change.live_rows(logits)
+                logits.masked_fill_(~live[:, None], 0.0)
+                status = torch.where((status == OK) & ~live, DEAD_MASK, status)
+            tokens = self._draw(logits, sites)
+        if errors:
+            status[self._index(np.array(list(errors)))] = PROCESSOR_FAILED
         accepted, row_status, last = self._accept(tokens, status, sites)
-        row_slots, = upload(self.device, sites.slots[sites.start[:-1]])
-        slots.last_token[row_slots] = last.int()
+        if slots.tables is None or last is not tokens:
+            row_slots, = upload(self.device, sites.slots[sites.start[:-1]])
+            slots.last_token[row_slots] = last.int()
         if history.any():
             self._record(tokens, sites, history)
         logprobs = None if raw is None else self._logprobs(raw, tokens, reported, sites)
         return Sampled(sites, tokens, accepted, row_status, logprobs, errors)
+
+    def _draw_by_tables(self, logits: Tensor, sites: Sites, status: Tensor, errors: dict[int, str],
+                        tables: DeviceTables) -> tuple[Tensor, Tensor]:
+        """What tables do not hold is done here, the rest by the op over slots: ``(tokens [S] int64, status [S])``."""
+        slots, of = self.slots, sites.slots
+        if sites.masks is not None or slots.odd[of].any():
+            self._mask(logits, sites)
+            for site in np.flatnonzero(slots.has_processors[of]).tolist():
+                self._run_processors(logits, site, sites, errors)
+            crowded = np.flatnonzero([slots.of(slot).changes > CHANGES for slot in of.tolist()])
+            if len(crowded):
+                draws = sites.positions + 1 - slots.prompt_len[of]
+                self._bias(logits, crowded, sites)
+                self._ban_ids(logits, crowded, sites, draws)
+            by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
+            if len(by_sequences):
+                self._ban_sequences(logits, sites, by_sequences)
+        slot_index, positions = send(self.device, of.astype(np.int32), sites.positions.astype(np.int32))
+        tokens, found = sample_slots(logits, slot_index, positions, tables.sampling, bool(slots.plain[of].all()))
+        return tokens.long(), torch.where(status == OK, found, status)
 
     # -- changes to logits, in their order -----------------------------------------------------------------------------
 
@@ -115,19 +144,25 @@ class Sampler:
         """Apply all that the sites' requests ask for; whether something may have banned a token."""
         slots, of = self.slots, sites.slots
         draws = sites.positions + 1 - slots.prompt_len[of]
-        if sites.masks is not None and sites.masked is not None:
-            masks = torch.from_numpy(np.ascontiguousarray(sites.masks)).to(self.device)
-            change.apply_masks(logits, self._index(sites.masked), masks)
+        self._mask(logits, sites)
         processed = np.flatnonzero(slots.has_processors[of])
         for site in processed.tolist():
             self._run_processors(logits, site, sites, errors)
         biased = np.flatnonzero(slots.has_bias[of])
         if len(biased):
-            extras = [slots.of(slot) for slot in of[biased]]
-            self._add(logits, biased, [e.bias_ids for e in extras], np.concatenate([e.bias_values for e in extras]))
+            self._bias(logits, biased, sites)
         self._penalise(logits, sites, draws)
         banned = self._ban(logits, sites, draws)
         return sites.masks is not None or len(processed) > 0 or len(biased) > 0 or banned
+
+    def _mask(self, logits: Tensor, sites: Sites) -> None:
+        if sites.masks is not None and sites.masked is not None:
+            masks, = send(self.device, sites.masks)
+            change.apply_masks(logits, self._index(sites.masked), masks)
+
+    def _bias(self, logits: Tensor, chosen: np.ndarray, sites: Sites) -> None:
+        extras = [self.slots.of(slot) for slot in sites.slots[chosen]]
+        self._add(logits, chosen, [e.bias_ids for e in extras], np.concatenate([e.bias_values for e in extras]))
 
     def _run_processors(self, logits: Tensor, site: int, sites: Sites, errors: dict[int, str]) -> None:
         """The caller's own functions: whatever they raise or return is this site's affair alone."""
@@ -176,17 +211,23 @@ class Sampler:
 
     def _ban(self, logits: Tensor, sites: Sites, draws: np.ndarray) -> bool:
         slots, of = self.slots, sites.slots
+        banned = self._ban_ids(logits, np.arange(len(of)), sites, draws)
+        by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
+        if len(by_sequences):
+            self._ban_sequences(logits, sites, by_sequences)
+        return banned or len(by_sequences) > 0
+
+    def _ban_ids(self, logits: Tensor, chosen: np.ndarray, sites: Sites, draws: np.ndarray) -> bool:
+        """Ban single tokens at the sites ``chosen``; whether there were any."""
+        slots, of = self.slots, sites.slots[chosen]
         by_ids = np.flatnonzero(slots.has_bans[of])
-        by_stops = np.flatnonzero(slots.has_stops[of] & (draws < slots.min_new_tokens[of]))
+        by_stops = np.flatnonzero(slots.has_stops[of] & (draws[chosen] < slots.min_new_tokens[of]))
         banned = np.concatenate([by_ids, by_stops])
         if len(banned):
             ids = [slots.of(slot).banned_ids for slot in of[by_ids]]
             ids += [slots.of(slot).stop_ids for slot in of[by_stops]]
-            self._add(logits, banned, ids, np.full(sum(map(len, ids)), -np.inf, np.float32))
-        by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
-        if len(by_sequences):
-            self._ban_sequences(logits, sites, by_sequences)
-        return len(banned) > 0 or len(by_sequences) > 0
+            self._add(logits, chosen[banned], ids, np.full(sum(map(len, ids)), -np.inf, np.float32))
+        return len(banned) > 0
 
     def _ban_sequences(self, logits: Tensor, sites: Sites, chosen: np.ndarray) -> None:
         """Ban the last token of each bad sequence whose other tokens stand at the end of the site's request."""
@@ -276,10 +317,10 @@ class Sampler:
             reported, wanted, (chosen - normaliser).float().squeeze(-1), ids.int(), (values - normaliser).float())
 
     def _index(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.device)
+        return send(self.device, rows)[0]
 
     def _real(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        return send(self.device, values)[0]
 
 
 def _name(processor: object) -> str:

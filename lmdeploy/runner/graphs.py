@@ -1,0 +1,240 @@
+"""GraphRunner: a whole decode step, from slots and positions to drawn tokens, recorded per batch size and replayed.
+
+A recorded step reads everything that changes from one static buffer: per row its slot, its position, its token (or
+that the device knows it) and a new block, in one copy of a few hundred bytes from pinned memory. The rest lies in the
+tables of the slots. What it draws goes to a ring of result rows, from which a stream of its own copies to the host, so
+that the next step never waits for a copy.
+
+Batches are rounded up to a *bucket*; padding rows run in the scratch slot on the null block. Graphs are recorded from
+the largest bucket down and share one memory pool: they run one after the other, so that all need no more memory than
+the largest. Steps whose rows are all greedy have graphs without the other sampling work; those of sampled rows are
+recorded when a bucket first needs them.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmdeploy.engine.plan import StepPlan, StepResult
+from lmdeploy.kv.cache import KVCache
+from lmdeploy.log import get_logger
+from lmdeploy.models.registry import CausalLM
+from lmdeploy.ops.slots import decode_inputs, sample_slots
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.slots import SlotTable
+
+RING = 4  # steps whose inputs and results have memory of their own: more than are ever launched and not retired
+
+Replay = Callable[[], None]
+
+
+class Record(Protocol):
+    """Makes a step that can be run again and again out of a function that works on static memory only."""
+
+    def __call__(self, step: Callable[[], None]) -> Replay: ...
+
+
+class CudaGraphs:
+    """Records on a GPU. All graphs share a memory pool and must not run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, step: Callable[[], None]) -> Replay:
+        """Run ``step`` once, which compiles and allocates whatever is done once, then record it."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            step()
+            self._stream.synchronize()
+            # other threads of the program may use the device meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode='thread_local')
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph.replay
+
+
+def rerun(step: Callable[[], None]) -> Replay:
+    """Record nothing and run the function itself: static memory and buckets without a GPU."""
+    return step
+
+
+def buckets(most: int) -> list[int]:
+    """The batch sizes that have graphs: 1, 2, 4, then steps of 8 to 256 and of 16 beyond; the last is ``most``."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max(most, 272) + 1, 16)]
+    return [size for size in sizes if size < most] + [most]
+
+
+class GraphRunner:
+    """Serves the steps in which every row has one token and draws one, with nothing that tables do not hold.
+
+    Args:
+        slots: with device tables.
+        max_batch: the most rows of a step.
+        record: makes the graphs.
+    """
+
+    def __init__(self, model: CausalLM, kv: KVCache, slots: SlotTable, max_batch: int, record: Record) -> None:
+        assert slots.tables is not None
+        self.model, self.kv, self.slots, self.tables, self.record = model, kv, slots, slots.tables, record
+        self.buckets = buckets(max_batch)
+        self.device = slots.device
+        on_gpu = self.device.type != 'cpu'
+        size = 4 * max_batch + 1
+        self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
+        self._staged = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(RING)]
+        self._arrays = [staged.numpy() for staged in self._staged]
+        self._results = torch.zeros(RING, 2 * max_batch, dtype=torch.int32, device=self.device)
+        self._downloads = [_Download(2 * max_batch, on_gpu) for _ in range(RING)]
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._graphs: dict[tuple[int, bool], Replay] = {}
+        self._turn = 0
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the graphs of greedy steps, the largest first."""
+        begin = time.perf_counter()
+        for bucket in reversed(self.buckets):
+            self._graph(bucket, plain=True)
+        get_logger().info('recorded %d decode graphs in %.1f s', len(self.buckets), time.perf_counter() - begin)
+
+    def serves(self, plan: StepPlan) -> bool:
+        """Whether a graph can run ``plan``."""
+        rows = plan.rows
+        return (
+            plan.num_tokens == rows and rows <= self.buckets[-1] and plan.masks is None and bool(plan.sample.all())
+            and not self.slots.odd[plan.slots].any() and not plan.drafts.any())
+
+    def launch(self, plan: StepPlan) -> GraphStep:
+        """Launch the step of ``plan``, which :meth:`serves`; its slots are open and its blocks not yet appended."""
+        rows = plan.rows
+        bucket = self.buckets[bisect_left(self.buckets, rows)]
+        replay = self._graph(bucket, plain=bool(self.slots.plain[plan.slots].all()))
+        turn, self._turn = self._turn, (self._turn + 1) % RING
+        download = self._downloads[turn]
+        download.wait()
+        array = self._arrays[turn]
+        packed = array[: 4 * bucket].reshape(4, bucket)
+        packed[0, :rows], packed[1, :rows], packed[2, :rows] = plan.slots, plan.starts, plan.tokens
+        packed[3, :rows] = self._new_blocks(plan)
+        if rows < bucket:
+            packed[0, rows:] = self.tables.size
+            packed[1:, rows:] = 0
+        array[4 * bucket] = turn
+        used = 4 * bucket + 1
+        self._inputs[:used].copy_(self._staged[turn][:used], non_blocking=True)
+        replay()
+        download.start(self._results[turn], 2 * bucket, self._stream)
+        return GraphStep(plan.step, rows, bucket, download)
+
+    def _new_blocks(self, plan: StepPlan) -> np.ndarray | int:
+        """``[B] int32``: the new block of each row, or 0. Blocks that a graph does not expect are appended here."""
+        if not len(plan.blocks):
+            return 0
+        counts = np.diff(plan.block_start)
+        have = self.slots.num_blocks[plan.slots]
+        if counts.max() > 1 or ((counts > 0) & (have != plan.starts // self.slots.block_size)).any():
+            self.slots.append(plan.slots, plan.block_start, plan.blocks)
+            return 0
+        new = np.zeros(plan.rows, np.int32)
+        new[counts > 0] = plan.blocks
+        self.slots.num_blocks[plan.slots] += counts
+        return new
+
+    def _graph(self, bucket: int, plain: bool) -> Replay:
+        found = self._graphs.get((bucket, plain))
+        if found is None:
+            idle = self._inputs[: 4 * bucket].view(4, bucket)
+            idle.zero_()
+            idle[0] = self.tables.size
+            found = self._graphs[bucket, plain] = self.record(self._step(bucket, plain))
+        return found
+
+    def _step(self, bucket: int, plain: bool) -> Callable[[], None]:
+        """The function of one bucket: all it reads and writes is static."""
+        packed, turn = self._inputs[: 4 * bucket].view(4, bucket), self._inputs[4 * bucket : 4 * bucket + 1]
+        results = self._results[:, : 2 * bucket]
+        size = self.slots.block_size
+        tables = self.tables
+        max_kv = min(tables.blocks.shape[1] * size, self.slots.session_len)
+        query_start = torch.arange(bucket + 1, dtype=torch.int32, device=self.device)
+        output_rows = torch.arange(bucket, device=self.device)
+
+        def step() -> None:
+            token_ids, positions, kv_slots, kv_lens = decode_inputs(
+                packed, tables.blocks, tables.sampling.last_token, size)
+            batch = ForwardBatch(
+                token_ids=token_ids, positions=positions, kv_slots=kv_slots, query_start=query_start, kv_lens=kv_lens,
+                block_table=tables.blocks, output_rows=output_rows, max_query=1, max_kv=max_kv, host_query_start=[],
+                host_kv_lens=[], table_rows=packed[0], num_decode=bucket, static=True)
+            if self.device.type == 'cpu':  # nothing is recorded there, and its layers ask the host
+                batch.host_query_start, batch.host_kv_lens = query_start.tolist(), kv_lens.tolist()
+                batch.block_table, batch.table_rows = batch.tables(), output_rows.int()
+            logits = self.model.logits(self.model(batch, self.kv))
+            tokens, status = sample_slots(logits, packed[0], positions, tables.sampling, plain)
+            results.index_copy_(0, turn.long(), torch.cat((tokens, status.int()))[None])
+
+        return step
+
+
+class _Download:
+    """One row of results on its way to the host."""
+
+    def __init__(self, size: int, on_gpu: bool) -> None:
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu)
+        self._array = self._host.numpy()
+        self._computed = torch.cuda.Event() if on_gpu else None
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        self._pending = False
+
+    def start(self, row: Tensor, count: int, stream: torch.cuda.Stream | None) -> None:
+        """Copy ``row[:count]`` when what is launched so far has run."""
+        if stream is None or self._computed is None or self._arrived is None:
+            self._host[:count] = row[:count]
+            return
+        self._computed.record()
+        self._computed.wait(stream)
+        with torch.cuda.stream(stream):
+            self._host[:count].copy_(row[:count], non_blocking=True)
+            self._arrived.record(stream)
+        self._pending = True
+
+    def wait(self) -> np.ndarray:
+        """The row, when it is there."""
+        if self._pending and self._arrived is not None:
+            self._arrived.synchronize()
+            self._pending = False
+        return self._array
+
+
+@dataclass(slots=True)
+class GraphStep:
+    """A launched graph; implements the executor's ``StepHandle``. Its result is read before ``RING`` more steps."""
+
+    step: int
+    rows: int
+    bucket: int
+    download: _Download
+
+    def result(self) -> StepResult:
+        """Wait for the copy of the step's tokens, and for nothing else."""
+        row = self.download.wait()
+        tokens, status = row[: self.rows].copy(), row[self.bucket : self.bucket + self.rows].astype(np.uint8)
+        start = np.arange(self.rows + 1, dtype=np.int32)
+        if status.any():
+            np.cumsum(status == 0, out=start[1:])
+            tokens = tokens[status == 0]
+        return StepResult(self.step, status, start, tokens)
