@@ -75,6 +75,7 @@ OPTIONS = (
     Option('--audit-log', str, None, 'append one JSON line per request to this file', 'FILE'),
     Option('--audit-digests', bool, False, 'with a digest of the body in each line'),
     Option('--disable-fastapi-docs', bool, False, 'no /docs and /openapi.json'),
+    Option('--no-ui', bool, False, 'no chat page at /'),
     Option('--disable-metrics', bool, False, 'no /metrics'),
     Option('--allow-terminate-by-client', bool, False, 'POST /terminate shuts the server down (administrative)'),
     Option('--log-level', str, None, 'ERROR, WARNING, INFO or DEBUG (default: WARNING)', 'LEVEL'),
@@ -288,7 +289,7 @@ def _serve(args: argparse.Namespace, screen: Screen, limits: Limits, keys: KeyRi
         cors=Cors(tuple(args.allow_origins), tuple(args.allow_methods), tuple(args.allow_headers),
                   args.allow_credentials),
         tool_parser=args.tool_call_parser, reasoning_parser=args.reasoning_parser, check_host=loopback,
-        public_metrics=args.public_metrics, docs=not args.disable_fastapi_docs,
+        public_metrics=args.public_metrics, docs=not args.disable_fastapi_docs, page=not args.no_ui,
         expose_metrics=not args.disable_metrics, share_prefix_cache=args.share_prefix_cache,
         max_concurrent_requests=args.max_concurrent_requests or 0, audit=audit,
         terminate=stop.set if args.allow_terminate_by_client else None)
@@ -325,7 +326,7 @@ def _banner(context: ServerContext, screen: Screen, url: str) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if context.keys.required else ''
     curl = (f'curl {url}/v1/chat/completions -H "Content-Type: application/json"{key} '
             f"""-d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'""")
-    screen.note('serve_ready', models=', '.join(context.model_names), url=url,
+    screen.note('serve_ready', models=', '.join(context.model_names), url=url, page=f'{url}/' if context.page else '-',
                 docs=f'{url}/docs' if context.docs else '-', session_len=capacity.session_len,
                 kv_tokens=capacity.num_blocks * capacity.block_size, kv_gib=capacity.kv_bytes / 2**30,
                 batch=capacity.max_batch_size, keys=len(context.keys))

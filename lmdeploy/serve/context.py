@@ -109,6 +109,7 @@ class ServerContext:
         check_host: refuse Host headers that are not loopback names.
         public_metrics: ``/metrics`` without a key.
         docs: serve ``/docs`` and ``/openapi.json``.
+        page: serve the chat page at ``/``.
         expose_metrics: serve ``/metrics``.
         share_prefix_cache: let the requests of different keys share cached prefixes.
         created: Unix time that ``/v1/models`` tells.
@@ -125,6 +126,7 @@ class ServerContext:
     check_host: bool = False
     public_metrics: bool = False
     docs: bool = True
+    page: bool = True
     expose_metrics: bool = True
     share_prefix_cache: bool = False
     max_concurrent_requests: int = 0

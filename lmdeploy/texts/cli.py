@@ -95,10 +95,10 @@ NOTES: dict[str, dict[str, str]] = {
         'zh': '正在下载 {alias}：{size}，许可证 {licence}。',
     },
     'serve_ready': {
-        'en': '{models} at {url} (API at {url}/v1, documentation at {docs}, metrics at {url}/metrics)\n'
+        'en': '{models} at {url} (chat page at {page}, API at {url}/v1, documentation at {docs}, metrics at {url}/metrics)\n'
               'context {session_len} tokens, KV cache {kv_tokens} tokens ({kv_gib:.1f} GiB), {batch} requests at a time\n'
               'API keys: {keys}. Try:',
-        'zh': '{models} 已就绪：{url}（API：{url}/v1，文档：{docs}，指标：{url}/metrics）\n'
+        'zh': '{models} 已就绪：{url}（聊天页面：{page}，API：{url}/v1，文档：{docs}，指标：{url}/metrics）\n'
               '上下文 {session_len} 个 token，KV 缓存 {kv_tokens} 个 token（{kv_gib:.1f} GiB），同时处理 {batch} 个请求\n'
               'API key 数量：{keys}。试一试：',
     },
@@ -110,6 +110,21 @@ NOTES: dict[str, dict[str, str]] = {
         'en': 'WARNING: EVERYBODY WHO CAN REACH {host} CAN USE THIS SERVER. Give it keys with --api-keys, or say '
               '--allow-no-auth if that is what you want.',
         'zh': '警告：任何能访问 {host} 的人都可以使用此服务器。请用 --api-keys 设置密钥；如确需如此，请加 --allow-no-auth。',
+    },
+    'proxy_ready': {
+        'en': 'The proxy is ready at {url} (API: {url}/v1), strategy {strategy}, API keys: {keys}, nodes known: {nodes}. '
+              'Servers join it with:',
+        'zh': '代理已就绪：{url}（API：{url}/v1），策略 {strategy}，API key 数量：{keys}，已知节点：{nodes}。服务器加入方式：',
+    },
+    'proxy_key': {
+        'en': 'Node key: {key}\nIt is new, and shown only here. Give it to servers as LMDEPLOY_NODE_KEY; with --node-key '
+              'or LMDEPLOY_NODE_KEY the proxy has the same one next time.',
+        'zh': '节点密钥：{key}\n此密钥为新生成，仅在此显示。请通过 LMDEPLOY_NODE_KEY 提供给各服务器；'
+              '用 --node-key 或 LMDEPLOY_NODE_KEY 指定后，代理下次使用同一密钥。',
+    },
+    'proxy_joined': {
+        'en': 'Registered at the proxy {proxy} as {url}.',
+        'zh': '已在代理 {proxy} 注册为 {url}。',
     },
     'serve_draining': {
         'en': 'Shutting down: running requests may finish within {seconds:g} seconds. Press Ctrl-C again to end at once.',

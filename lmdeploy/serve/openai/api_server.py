@@ -16,6 +16,7 @@ from lmdeploy.serve.openai.interactive import Interactive
 from lmdeploy.serve.openai.models import Models
 from lmdeploy.serve.openai.tokenize import Detokenize, Encode, Tokenize
 from lmdeploy.serve.operations import Aborted, HealthInfo, Operations
+from lmdeploy.serve.page import Page
 from lmdeploy.serve.routes import Routes
 
 
@@ -25,6 +26,8 @@ def create_app(context: ServerContext) -> App:
     add_inference(routes, context)
     add_anthropic(routes, context)
     add_operations(routes, context)
+    if context.page:
+        add_page(routes)
     return App(context, routes, docs=context.docs, models=context.model_names)
 
 
@@ -69,3 +72,10 @@ def add_operations(routes: Routes, context: ServerContext) -> None:
         routes.add('GET', '/metrics', operations.metrics, metrics, 'Prometheus metrics')
     if context.terminate is not None:
         routes.add('POST', '/terminate', operations.terminate, Access.ADMIN, 'shut the server down')
+
+
+def add_page(routes: Routes) -> None:
+    """The chat page, for browsers."""
+    page = Page()
+    routes.add('GET', '/', page.index, Access.OPEN, 'a page to chat with the model')
+    routes.add('GET', '/ui/{name}', page.part, Access.OPEN, 'the files of that page')

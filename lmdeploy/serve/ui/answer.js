@@ -16,7 +16,8 @@ function blocks(text) {
       else open.to = end;
       last.end = end;
     } else if (fence && !fence[2].includes('`')) {
-      open = { kind: 'code', start: at, end, from: Math.min(end + 1, text.length), to: Math.min(end + 1, text.length), name: fence[2], fence: fence[1] };
+      const from = Math.min(end + 1, text.length);
+      open = { kind: 'code', start: at, end, from, to: from, name: fence[2], fence: fence[1] };
       found.push(open);
     } else if (/^#{1,6} /.test(line)) {
       found.push({ kind: 'h', start: at, end, from: at + line.indexOf(' ') + 1, to: end });
@@ -58,7 +59,8 @@ export class AnswerView {
     this.figures = make('div', { class: 'figures' });
     this.actions = make('div', { class: 'actions' });
     this.foot = make('div', { class: 'foot' }, this.actions, this.figures);
-    this.node = make('article', { class: 'answer busy', 'data-label': 'answer', 'aria-label': t('answer') }, this.text, this.foot);
+    const named = { 'data-label': 'answer', 'aria-label': t('answer') };
+    this.node = make('article', { class: 'answer busy', ...named }, this.text, this.foot);
     this.text.addEventListener('pointerover', (event) => this.point(event.target.closest('.t')));
     this.text.addEventListener('pointerleave', () => this.point(null));
     this.text.addEventListener('blur', () => this.point(null));
@@ -118,7 +120,8 @@ export class AnswerView {
   }
 
   codeBlock({ from, to, name }, aligned) {
-    const copy = word('button', 'copy', { type: 'button', class: 'small', onclick: () => copyText(this.content.slice(from, to), copy) });
+    const onclick = () => copyText(this.content.slice(from, to), copy);
+    const copy = word('button', 'copy', { type: 'button', class: 'small', onclick });
     return make('div', { class: 'block' },
       make('div', { class: 'title' }, make('span', {}, name ?? ''), copy),
       make('pre', { tabindex: '0' }, make('code', {}, ...this.pieces(from, to, aligned))));
@@ -191,7 +194,8 @@ function showTip(token, node) {
   tip.replaceChildren(make('p', {}, word('span', 'chosen'), word('span', 'sure')), ...top.map((one) => {
     const bar = make('i', { 'aria-hidden': 'true' });
     bar.style.width = `${Math.exp(one.logprob) * 100}%`;
-    return make('div', one.token === token.text ? { class: 'chosen' } : {}, bar, make('span', {}, visible(one.token)), make('span', {}, percent(one.logprob)));
+    return make('div', one.token === token.text ? { class: 'chosen' } : {},
+      bar, make('span', {}, visible(one.token)), make('span', {}, percent(one.logprob)));
   }));
   tip.hidden = false;
   const [place] = node.getClientRects();

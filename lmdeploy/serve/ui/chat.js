@@ -29,7 +29,8 @@ class ServerError extends Error {
 
   get title() {
     const known = t('errors');
-    return known[this.code] ?? known[this.status] ?? (this.status >= 400 && this.status < 500 ? known.invalid : known.other);
+    const rest = this.status >= 400 && this.status < 500 ? known.invalid : known.other;
+    return known[this.code] ?? known[this.status] ?? rest;
   }
 }
 
@@ -144,7 +145,10 @@ function request(turns) {
   const system = $('system').value.trim();
   const body = {
     model: $('model').value,
-    messages: [...(system ? [{ role: 'system', content: system }] : []), ...turns.map(({ role, content }) => ({ role, content }))],
+    messages: [
+      ...(system ? [{ role: 'system', content: system }] : []),
+      ...turns.map(({ role, content }) => ({ role, content })),
+    ],
     temperature: Number(settings.temperature),
     top_p: Number(settings.top_p),
   };
@@ -156,7 +160,8 @@ function request(turns) {
 function remember() {
   store('sessionStorage', 'turns', state.turns.map(({ role, content, reasoning }) => ({ role, content, reasoning })));
   $('welcome').hidden = state.turns.length > 0;
-  for (const node of document.querySelectorAll('.again')) node.hidden = node !== [...document.querySelectorAll('.again')].pop();
+  const again = [...document.querySelectorAll('.again')];
+  again.forEach((node, i) => { node.hidden = i < again.length - 1; });
 }
 
 function addQuestion(content) {
@@ -178,7 +183,8 @@ function addAnswer() {
   const view = new AnswerView();
   const turn = { role: 'assistant', content: '', view, node: view.node };
   const copy = word('button', 'copy', { type: 'button', class: 'small', onclick: () => copyText(turn.content, copy) });
-  view.actions.append(copy, word('button', 'again', { type: 'button', class: 'small again', onclick: () => retry(turn) }));
+  const again = word('button', 'again', { type: 'button', class: 'small again', onclick: () => retry(turn) });
+  view.actions.append(copy, again);
   state.turns.push(turn);
   $('messages').append(turn.node);
   return turn;
@@ -202,7 +208,9 @@ async function answer() {
   if (settings.logprobs) Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
   const turn = addAnswer();
   const { view } = turn;
+  const again = () => retry(turn);
   const clock = new Clock(view);
+  turn.clock = clock;
   state.running = new AbortController();
   busy(true);
   follow(true);
@@ -215,7 +223,9 @@ async function answer() {
   };
   try {
     const response = await callKeyed('v1/chat/completions', {
-      method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body), signal: state.running.signal });
+      method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body),
+      signal: state.running.signal,
+    });
     for await (const chunk of events(response)) {
       if (chunk.usage) clock.tokens = chunk.usage.completion_tokens;
       const choice = chunk.choices?.[0];
@@ -236,7 +246,7 @@ async function answer() {
     $('announce').textContent = t('done');
   } catch (error) {
     if (error.name === 'AbortError') clock.note = 'stopped';
-    else view.fail(error instanceof ServerError ? error : new ServerError('other', 0, String(error)), () => retry(turn));
+    else view.fail(error instanceof ServerError ? error : new ServerError('other', 0, String(error)), again);
   } finally {
     cancelAnimationFrame(due);
     state.running = null;
@@ -311,6 +321,7 @@ function grow() {
   const box = $('question');
   box.style.height = 'auto';
   box.style.height = `${box.scrollHeight}px`;
+  box.style.overflowY = box.scrollHeight > box.clientHeight + 1 ? 'auto' : 'hidden';
   $('send').disabled = !box.value.trim();
 }
 
@@ -323,8 +334,12 @@ const indent = (value) => JSON.stringify(value, null, 2);
 function python(value, margin = '') {
   if (value === true) return 'True';
   if (value === false) return 'False';
-  if (Array.isArray(value)) return `[\n${value.map((one) => `${margin}    ${python(one, `${margin}    `)},\n`).join('')}${margin}]`;
-  if (typeof value === 'object') return `{${Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${python(one, margin)}`).join(', ')}}`;
+  const inner = `${margin}    `;
+  if (Array.isArray(value)) return `[\n${value.map((one) => `${inner}${python(one, inner)},\n`).join('')}${margin}]`;
+  if (typeof value === 'object') {
+    const pairs = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${python(one, margin)}`);
+    return `{${pairs.join(', ')}}`;
+  }
   return JSON.stringify(value);
 }
 
@@ -359,14 +374,17 @@ function speak() {
     node.setAttribute('aria-label', t(node.dataset.label));
     if (node.matches('button')) node.title = t(node.dataset.label);
   }
-  $('examples').replaceChildren(...t('examples').map((text) => make('button', { type: 'button', onclick: () => ask(text) }, text)));
+  const example = (text) => make('button', { type: 'button', onclick: () => ask(text) }, text);
+  $('examples').replaceChildren(...t('examples').map(example));
+  for (const { clock } of state.turns) clock?.show();
   paint();
 }
 
 const darkSystem = matchMedia('(prefers-color-scheme: dark)');
 
 function paint() {
-  document.documentElement.toggleAttribute('data-dark', state.theme === 'dark' || (state.theme === 'auto' && darkSystem.matches));
+  const dark = state.theme === 'dark' || (state.theme === 'auto' && darkSystem.matches);
+  document.documentElement.toggleAttribute('data-dark', dark);
   $('theme').title = t('theme')[state.theme];
   $('theme').setAttribute('aria-label', t('theme')[state.theme]);
 }
