@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'executor': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'engine': {'executor.base'},
     'frontend': {'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl'},
+    'bench': {'engine', 'executor.base'},
     'pipe': {'frontend'},
     'serve': {'frontend', 'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl', 'hub'},
     'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},

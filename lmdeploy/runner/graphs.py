@@ -102,6 +102,7 @@ class GraphRunner:
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._graphs: dict[tuple[int, bool], Replay] = {}
         self._turn = 0
+        self._timed: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -136,9 +137,23 @@ class GraphRunner:
         array[4 * bucket] = turn
         used = 4 * bucket + 1
         self._inputs[:used].copy_(self._staged[turn][:used], non_blocking=True)
-        replay()
+        if self._timed is None:
+            replay()
+        else:
+            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks[0].record()
+            replay()
+            marks[1].record()
+            self._timed.append((bucket, *marks))
         download.start(self._results[turn], 2 * bucket, self._stream)
         return GraphStep(plan.step, rows, bucket, download)
+
+    def time(self, on: bool) -> list[tuple[int, float]]:
+        """Start or stop to time every graph on the device; (bucket, milliseconds) of those since the last call."""
+        torch.cuda.synchronize()
+        found = [(bucket, begin.elapsed_time(end)) for bucket, begin, end in self._timed or []]
+        self._timed = [] if on else None
+        return found
 
     def _new_blocks(self, plan: StepPlan) -> np.ndarray | int:
         """``[B] int32``: the new block of each row, or 0. Blocks that a graph does not expect are appended here."""

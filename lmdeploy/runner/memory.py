@@ -20,6 +20,7 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.kv.cache import KVShape
 from lmdeploy.kv.format import Fp
 from lmdeploy.runner.host import free_host_memory
+from lmdeploy.runner.tables import DeviceTables
 
 CPU_CACHE_CAP = 2 << 30
 CPU_BATCH, GPU_BATCH, BIG_GPU_BATCH = 16, 128, 512
@@ -27,6 +28,7 @@ BIG_GPU = 64 << 30
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 8192
 LEAST_SESSION = 256  # tokens; a default context is not reduced below this
 BASE_WORKSPACE = 128 << 20  # allocator slack, index tensors, the runtime's own buffers
+GRAPHS = 512 << 20  # recorded launches of all graphs, their intermediate tensors without logits, compiled kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim)
     plan = MemoryPlan(
         weights=weight_bytes(model, itemsize, room.on_cpu) if weights is None else weights,
-        workspace=workspace_bytes(model, itemsize, batch, step),
+        workspace=workspace_bytes(model, itemsize, batch, step)
+        + (0 if room.on_cpu else _gpu_bytes(engine, model, batch)),
         block=shape.bytes_per_block(engine.block_size, Fp(dtype)),
         num_blocks=0,
         session_len=engine.session_len or model.context_len,
@@ -156,6 +159,12 @@ def workspace_bytes(model: ModelConfig, itemsize: int, batch: int, step_tokens: 
     activations = step_tokens * (6 * model.hidden_size + 2 * inner) * max(itemsize, 4)
     logits = 3 * batch * model.vocab_size * 4
     return BASE_WORKSPACE + activations + logits
+
+
+def _gpu_bytes(engine: EngineConfig, model: ModelConfig, batch: int) -> int:
+    """Bytes that a GPU needs beside those: tables of slots, and graphs with the logits of the largest batch."""
+    tables = DeviceTables.nbytes(batch, engine.session_len or model.context_len, engine.block_size, model.vocab_size)
+    return tables + (GRAPHS + 8 * batch * model.vocab_size if engine.runner == 'graph' else 0)
 
 
 def gib(size: int) -> str:

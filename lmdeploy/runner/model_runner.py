@@ -87,6 +87,7 @@ class ModelRunner:
             checkpoint.close()
         return_freed_memory()
         if self.device.type != 'cpu':  # what the weights really took is known now
+            torch.cuda.empty_cache()
             self.plan = plan_memory(self._sized(), self.model_config, self.dtype, measure(self.device), weights=0)
         plan = self.plan
         self.kv = KVCache(self.model.kv_shape, plan.num_blocks, self.engine.block_size, self.dtype, self.device)
@@ -141,6 +142,10 @@ class ModelRunner:
         if self.device.type == 'cpu':
             chosen['threads'] = str(self.threads)
         return chosen
+
+    def time_graphs(self, on: bool) -> list[tuple[int, float]]:
+        """See :meth:`GraphRunner.time`; nothing without one."""
+        return [] if self.graphs is None else self.graphs.time(on)
 
     # -- starting ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Measuring the engine: workloads of token ids, runs, and what they say."""
