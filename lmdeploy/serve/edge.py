@@ -20,8 +20,9 @@ from starlette.types import ASGIApp
 
 from lmdeploy.log import get_logger
 from lmdeploy.serve import middleware
+from lmdeploy.serve.addresses import FailedKeys
 from lmdeploy.serve.audit import AuditLog, Entry, now
-from lmdeploy.serve.auth import Access, KeyRing
+from lmdeploy.serve.auth import Access, Caller, KeyRing, gives_key
 from lmdeploy.serve.deadline import Deadline
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.exchange import Exchange
@@ -71,6 +72,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, context: EdgeContext, routes: Routes) -> None:
         self.app, self.context, self.routes = app, context, routes
+        self._failed_keys = FailedKeys(context.limits.bad_keys_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope['type'] == 'http':
@@ -118,12 +120,21 @@ class Edge:
         route = methods.get(request.method)
         if route is not None:
             exchange.failure = route.failure
-        request.caller = context.keys.authenticate(headers, Access.USER if route is None else route.access)
+        request.caller = self._authenticate(request, Access.USER if route is None else route.access)
         if not methods:
             raise HttpError('LMD-506')
         if route is None:
             raise HttpError('LMD-507', method=request.method[:16], allowed=', '.join(sorted(methods)))
         return True
+
+    def _authenticate(self, request: Request, access: Access) -> Caller:
+        headers = request.scope['headers']
+        try:
+            return self.context.keys.authenticate(headers, access)
+        except HttpError as error:
+            if error.code == 'LMD-504' and gives_key(headers):
+                self._failed_keys.note(client_of(request.scope))
+            raise
 
     async def _serve(self, request: Request, exchange: Exchange) -> None:
         task = asyncio.ensure_future(self._answer(request, exchange))
@@ -169,14 +180,19 @@ class Edge:
                           request.caller.id, time.monotonic() - request.started)
         if context.audit is None:
             return
-        client = request.scope.get('client')
         outcome = exchange.code or request.outcome or ('finished' if status < 400 else 'rejected')
         context.audit.add(Entry(
-            time=now(), request=request.id, key=request.caller.id, client=client[0] if client else '',
+            time=now(), request=request.id, key=request.caller.id, client=client_of(request.scope),
             method=method, route=request.path, model=request.model, status=status, outcome=outcome,
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens,
             seconds=round(time.monotonic() - request.started, 4),
             prompt_digest=request.digest() if context.audit.digests and request.content else None))
+
+
+def client_of(scope: Scope) -> str:
+    """The address of a request's client; empty if it has none."""
+    client = scope.get('client')
+    return client[0] if client else ''
 
 
 def _seconds(request: Request, most: int) -> float:

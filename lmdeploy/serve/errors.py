@@ -78,7 +78,20 @@ FAULTS: dict[str, Fault] = {
     'LMD-524': Fault(409, 'invalid_request_error', 'request_conflict'),
     'LMD-525': Fault(404, 'invalid_request_error', 'request_not_found'),
     'LMD-526': Fault(408, 'invalid_request_error', 'body_timeout'),
+    'LMD-531': Fault(503, 'server_error', 'too_many_connections'),
+    'LMD-532': Fault(429, 'rate_limit_error', 'too_many_connections'),
+    'LMD-533': Fault(429, 'rate_limit_error', 'too_many_wrong_keys'),
     'LMD-530': Fault(499, 'invalid_request_error', 'request_cancelled'),
+    'LMD-560': Fault(401, 'invalid_request_error', 'invalid_node_key'),
+    'LMD-561': Fault(400, 'invalid_request_error', 'invalid_node'),
+    'LMD-562': Fault(503, 'server_error', 'no_node'),
+    'LMD-563': INVALID,
+    'LMD-564': Fault(502, 'server_error', 'node_failed'),
+    'LMD-565': Fault(502, 'server_error', 'node_failed'),
+    'LMD-566': Fault(504, 'server_error', 'node_timeout'),
+    'LMD-567': Fault(503, 'server_error', 'too_many_nodes'),
+    'LMD-568': Fault(404, 'invalid_request_error', 'node_not_found'),
+    'LMD-570': Fault(502, 'server_error', 'node_failed'),
 }
 PARAMS = {'max_new_tokens': 'max_tokens', 'random_seed': 'seed', 'stop_words': 'stop', 'min_new_tokens': 'min_tokens'}
 """Names of generation parameters that requests spell differently."""

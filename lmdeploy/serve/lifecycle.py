@@ -20,13 +20,21 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 
 from lmdeploy.errors import BindError, ConfigError
-from lmdeploy.serve.context import ServerContext
+from lmdeploy.serve.addresses import Crowd
+from lmdeploy.serve.deadline import Deadline
 from lmdeploy.serve.errors import HttpError
+from lmdeploy.serve.exchange import Counts
+from lmdeploy.serve.lag import LoopLag
+from lmdeploy.serve.limits import Limits
+from lmdeploy.serve.listener import RESERVE, Listener, descriptors, is_starvation
+from lmdeploy.serve.meter import Meter
 
 GRACE_SECONDS = 2.0  # new requests are answered with 503 for so long after SIGTERM
 CLOSE_SECONDS = 3  # for connections to close after all requests have ended
@@ -46,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                                                 flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind, protocol)
+        sock = Listener(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
         raise BindError('LMD-502', host=host, port=port, reason=str(error)) from error
     try:
@@ -106,6 +114,30 @@ def tls_context(keyfile: str | None, certfile: str | None) -> ssl.SSLContext:
     return context
 
 
+class ServedCounts(Counts, Protocol):
+    """What the life cycle counts."""
+
+    lag: LoopLag
+
+
+class Served(Protocol):
+    """What the life cycle knows of a server."""
+
+    draining: bool
+    created: int
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def deadlines(self) -> set[Deadline]: ...
+
+    @property
+    def metrics(self) -> ServedCounts: ...
+
+    def meter(self) -> Meter: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Watcher:
     """Who is told what happens.
@@ -128,11 +160,13 @@ async def serve(app: FastAPI, sock: socket.socket, load: Callable[[], Awaitable[
 
     Signals are heeded where that is possible: in the main thread.
     """
-    context: ServerContext = app.state.context
-    server = _server(app, tls)
+    context: Served = app.state.context
+    server = _server(app, context, tls)
     drain = Drain(context, drain_seconds, server.leave, watcher.draining)
     tasks = [asyncio.create_task(server.serve([sock]))]
     serving = tasks[0]
+    tasks.append(asyncio.create_task(context.metrics.lag.watch()))
+    asyncio.get_running_loop().set_exception_handler(_report)
     loading = asyncio.ensure_future(load())
     context.created = int(time.time())
     with _signals(drain):
@@ -143,7 +177,7 @@ async def serve(app: FastAPI, sock: socket.socket, load: Callable[[], Awaitable[
             if loading.done():
                 loading.result()
                 watcher.ready()
-                tasks.append(asyncio.create_task(_stats(context, watcher.stats)))
+                tasks.append(asyncio.create_task(_stats(context.meter(), watcher.stats)))
             await asyncio.wait({serving})
         finally:
             server.leave(at_once=not drain.begun)
@@ -157,7 +191,7 @@ async def serve(app: FastAPI, sock: socket.socket, load: Callable[[], Awaitable[
 class Drain:
     """The way out. :meth:`begin` may be called from signal handlers of the loop, any number of times."""
 
-    def __init__(self, context: ServerContext, seconds: float, leave: Callable[[bool], None],
+    def __init__(self, context: Served, seconds: float, leave: Callable[[bool], None],
                  told: Callable[[], None]) -> None:
         self._context, self._seconds, self._leave, self._told = context, seconds, leave, told
         self._task: asyncio.Task[None] | None = None
@@ -220,7 +254,7 @@ def _signals(drain: Drain) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def _server(app: FastAPI, tls: ssl.SSLContext | None):
+def _server(app: FastAPI, context: Served, tls: ssl.SSLContext | None):
     """A uvicorn server that leaves signals to us."""
     import uvicorn
 
@@ -235,36 +269,29 @@ def _server(app: FastAPI, tls: ssl.SSLContext | None):
             self.should_exit = True
             self.force_exit = self.force_exit or at_once
 
+    limits = context.limits
+    most = min(limits.connections, max(1, descriptors(limits.connections + RESERVE) - RESERVE))
+    connection = partial(Connection, Crowd(most, limits.address_connections), context.metrics)
     logging.getLogger('uvicorn.error').setLevel(logging.ERROR)
     config = uvicorn.Config(
-        app, http=Connection, ws='none', lifespan='off', log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS,
-        limit_concurrency=app.state.context.limits.connections, backlog=BACKLOG)
+        app, http=connection,  # type: ignore[arg-type]  # any callable will do
+        ws='none', lifespan='off', log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS, backlog=BACKLOG)
     config.load()
     config.ssl = tls
     return Server(config)
 
 
-async def _stats(context: ServerContext, tell: Callable[[str], None]) -> None:
+def _report(loop: asyncio.AbstractEventLoop, report: dict[str, Any]) -> None:
+    if not is_starvation(report):
+        loop.default_exception_handler(report)
+
+
+async def _stats(meter: Meter, tell: Callable[[str], None]) -> None:
     """Every ten seconds a line, if anything happened in them."""
-    metrics = context.metrics
-    before = (metrics.generation_tokens, metrics.prompt_tokens, metrics.accepted)
-    output = prompt = 0
     while True:
-        engine = context.stats()
-        output, prompt = (engine.output_tokens, engine.prompt_tokens) if engine is not None else (0, 0)
         start = time.monotonic()
         await asyncio.sleep(STATS_SECONDS)
-        engine, seconds = context.stats(), time.monotonic() - start
-        now = (metrics.generation_tokens, metrics.prompt_tokens, metrics.accepted)
-        if engine is None or (now == before and not metrics.in_flight and not engine.running):
-            continue
-        before = now
-        looked_up = max(engine.prefix_query_tokens, 1)
-        tell(f'running {engine.running}, waiting {engine.waiting + context.admission.queued}, '
-             f'prompt {max(engine.prompt_tokens - prompt, 0) / seconds:.1f} tokens/s, '
-             f'generation {max(engine.output_tokens - output, 0) / seconds:.1f} tokens/s, '
-             f'KV cache {100 * engine.used_blocks / max(engine.total_blocks, 1):.1f}%, '
-             f'prefix cache hits {100 * engine.prefix_hit_tokens / looked_up:.1f}%, '
-             f'finished {metrics.finished}, failed {metrics.failed}, cancelled {metrics.cancelled}')
-
+        line = meter(time.monotonic() - start)
+        if line:
+            tell(line)

@@ -53,6 +53,10 @@ class Limits:
     queue: int = _limit(512, 'answers', 'waiting for the engine; more are turned away with 503', least=0)
     request_seconds: int = _limit(600, 'seconds', 'for a request to be answered (--request-timeout)')
     connections: int = _limit(1024, 'connections', 'open at a time')
+    # one client address: an IPv4 address, or an IPv6 network of 64 bits
+    address_connections: int = _limit(512, 'connections', 'of one address at a time (0: no limit)', least=0)
+    bad_keys_per_minute: int = _limit(60, 'keys', 'wrong ones of one address that get a 401; then 429 (0: no limit)',
+                                      least=0)
     # one key
     key_requests: int = _limit(0, 'requests', 'of one key at a time (0: no limit)', least=0)
     key_requests_per_minute: int = _limit(0, 'requests', 'of one key per minute (0: no limit)', least=0)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lmdeploy.serve.lag import LoopLag
+
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
@@ -87,6 +89,7 @@ class ServerMetrics:
     cached_tokens: int = 0
     unknown_fields: int = 0
     audit_dropped: int = 0
+    lag: LoopLag = field(default_factory=LoopLag)
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()})
 
@@ -198,6 +201,8 @@ class Exposition:
         yield counter('http_responses', 'responses by status', {str(k): v for k, v in m.responses.items()}, 'status')
         yield counter('unknown_fields', 'fields of requests that are unknown and were left out',
                       {'': m.unknown_fields})
+        yield gauge('event_loop_lag_seconds', 'by which the event loop was late, when it was last measured', m.lag.last)
+        yield gauge('event_loop_lag_worst_seconds', 'the largest of these in the last 30 to 60 seconds', m.lag.worst)
         yield counter('audit_dropped', 'lines of the audit log that could not be written', {'': m.audit_dropped})
         yield gauge('num_requests_succeeded', 'requests that were answered to the end', m.finished)
         yield gauge('num_requests_failed', 'requests that ended with an error', m.failed)

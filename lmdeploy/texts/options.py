@@ -7,8 +7,8 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': 'backend_config 是 {given}，但应为 TurbomindEngineConfig 或 PytorchEngineConfig。请从 lmdeploy 导入其一，或省略该参数。',
     },
     'LMD-221': {
-        'en': 'engine option {field}={value!r} is not possible. Choose one of: {choices}.',
-        'zh': '引擎选项 {field}={value!r} 无效。可选值：{choices}。',
+        'en': 'option {field}={value!r} is not possible. Choose one of: {choices}.',
+        'zh': '选项 {field}={value!r} 无效。可选值：{choices}。',
     },
     'LMD-222': {
         'en': 'engine option {field}={value!r} is not possible. Give a whole number from {least} to {most}.',

@@ -123,4 +123,18 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'the client went away before the answer was complete.',
         'zh': '客户端在回答完成前已断开。',
     },
+    'LMD-531': {
+        'en': 'the server has {most} connections open, and takes no more. Try again soon.',
+        'zh': '服务器已有 {most} 个连接,不再接受更多。请稍后重试。',
+    },
+    'LMD-532': {
+        'en': 'this address has {most} connections open, and no more are taken from it. Use fewer at a time, or ask the '
+              'operator for more (--limit address_connections=N).',
+        'zh': '此地址已有 {most} 个连接,不再接受更多。请减少并发连接,或向管理员申请提高上限(--limit address_connections=N)。',
+    },
+    'LMD-533': {
+        'en': 'more than {most} wrong API keys came from this address within a minute. Check the key, and wait: a valid '
+              'key is answered at any time.',
+        'zh': '此地址一分钟内发送了超过 {most} 个错误的 API 密钥。请检查密钥后再试;有效密钥随时可用。',
+    },
 }

@@ -37,11 +37,11 @@ def serve(tokenizer, toy_folder) -> Callable[..., Server]:
     started = []
 
     def make(*, step_seconds: float = 0.0, num_blocks: int = 64, max_batch_size: int = 8, session_len: int = SESSION,
-             fail_at: int | None = None, template: object = None, **fields) -> Server:
+             fail_at: int | None = None, template: object = None, prefix_caching: bool = False, **fields) -> Server:
         capacity = Capacity(num_blocks=num_blocks, block_size=16, max_batch_size=max_batch_size, max_step_tokens=128,
                             session_len=session_len, vocab_size=VOCAB)
         executor = SlowExecutor(capacity, step_seconds, fail_at=fail_at)
-        client = ThreadClient(lambda: EngineCore(executor, executor.start()))
+        client = ThreadClient(lambda: EngineCore(executor, executor.start(), prefix_caching=prefix_caching))
         frontend = AsyncFrontend(client, tokenizer, template or resolve_template(str(toy_folder), tokenizer), capacity,
                                  session_len)
         context = ServerContext(**{'model_names': (MODEL,), 'engine': LoadedEngine(frontend), **fields})

@@ -15,10 +15,11 @@ from lmdeploy.serve.limits import Limits
 from lmdeploy.serve.middleware import Cors, parse_json
 from tests.serve.fake_server import CHAT
 
+OPEN = {'/', '/ui/{name}', '/health', '/ready'}  # the page holds nothing: what it asks wants a key
 KEYS = {'keys': KeyRing(['token', '密钥'], ['boss'])}
 
 
-def shape(response: httpx.Response, status: int, code: str) -> dict:
+def shape(response: httpx.Response, status: int, code: str, *, request_id: bool = True) -> dict:
     """The body of an error, after checking both of its shapes."""
     assert response.status_code == status, response.text
     assert len(response.content) < 16 << 10
@@ -26,7 +27,7 @@ def shape(response: httpx.Response, status: int, code: str) -> dict:
     assert body['error']['code'] == code
     assert (body['message'], body['type'], body['object']) == (body['error']['message'], body['error']['type'], 'error')
     assert body['code'] == status and body['param'] == body['error']['param']
-    assert response.headers['x-request-id']
+    assert bool(response.headers.get('x-request-id')) is request_id
     return body
 
 
@@ -39,25 +40,35 @@ AUTHORIZATIONS = [
 ]
 
 
-def every_route(server) -> list[tuple[str, str, Access]]:
-    return [(route.method, route.path, route.access) for route in server.app.table]
-
-
 def test_every_route_but_health_and_ready_wants_a_key(serve):
-    server = serve(**KEYS)
-    routes = every_route(server)
-    assert {path for _, path, access in routes if access is Access.OPEN} <= {'/health', '/ready'}
-    bodies = set()
-    for method, path, access in routes:
-        if access is Access.OPEN:
+    server = serve(limits=Limits(bad_keys_per_minute=0), **KEYS)
+    assert {route.path for route in server.app.table if route.access is Access.OPEN} <= OPEN
+    for route in server.app.table:
+        if route.access is Access.OPEN:
             continue
+        bodies = set()
         for headers in AUTHORIZATIONS:
-            response = server.ask(method, path, headers=headers)
-            body = shape(response, 401, 'invalid_api_key')
-            assert body['detail']['error'] == body['error']
-            assert response.headers['www-authenticate'] == 'Bearer'
+            response = server.ask(route.method, route.path, headers={'x-request-id': 'id'} | headers)
+            if route.failure is failure:
+                body = shape(response, 401, 'invalid_api_key')
+                assert body['detail']['error'] == body['error']
+            assert response.status_code == 401 and response.headers['www-authenticate'] == 'Bearer'
             bodies.add(response.content)
-    assert len(bodies) == 1  # nothing tells why
+        assert len(bodies) == 1  # nothing tells why
+
+
+def test_wrong_keys_are_slowed_down_by_address_and_good_ones_never(serve):
+    server = serve(limits=Limits(bad_keys_per_minute=3), **KEYS)
+    wrong, right = {'x-api-key': 'wrong'}, {'x-api-key': 'token'}
+    for _ in range(3):
+        shape(server.ask('GET', '/v1/models', headers=wrong), 401, 'invalid_api_key')
+    for path in ('/v1/models', '/nothing'):
+        refused = server.ask('GET', path, headers=wrong)
+        shape(refused, 429, 'too_many_wrong_keys')
+        assert 1 <= int(refused.headers['retry-after']) <= 20
+    shape(server.ask('GET', '/v1/models'), 401, 'invalid_api_key')  # no key is no wrong key
+    assert server.ask('GET', '/v1/models', headers=right).status_code == 200
+    assert server.ask('GET', '/v1/models', headers=wrong | {'authorization': 'Bearer token'}).status_code == 200
 
 
 @pytest.mark.parametrize('path', ['//v1/models', '/v1/models/', '/V1/models', '/v1/%6dodels/x',

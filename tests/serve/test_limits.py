@@ -41,7 +41,7 @@ ELSEWHERE = {  # entries with tests of their own, in the modules named
     'sessions': 'test_interactive', 'session_bytes': 'test_interactive',
     'queue': 'test_admission', 'request_seconds': 'test_admission', 'key_requests': 'test_admission',
     'key_requests_per_minute': 'test_admission', 'key_tokens_per_minute': 'test_admission',
-    'connections': 'test_lifecycle',
+    'connections': 'test_live', 'address_connections': 'test_live', 'bad_keys_per_minute': 'test_edge',
 }
 
 

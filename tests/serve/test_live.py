@@ -17,6 +17,7 @@ from lmdeploy.serve.limits import Limits
 from tests.serve.fake_server import CHAT, MODEL
 from tests.serve.live import live
 from tests.serve.test_chat import SET_LIGHT
+from tests.serve.test_edge import shape
 
 MESSAGES = [{'role': 'system', 'content': 'You are a helpful assistant.'},
             {'role': 'user', 'content': ' provide three suggestions about time management'}]
@@ -181,8 +182,26 @@ def test_connections_are_limited(serve):
     with live(server) as running:
         held = [socket.create_connection(('127.0.0.1', running.port)) for _ in range(6)]
         time.sleep(0.1)
-        assert raw(running, b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n', 2.0).startswith(
-            b'HTTP/1.1 503')
+        refused = requests.get(f'{running.url}/health', timeout=5)
+        shape(refused, 503, 'too_many_connections', request_id=False)
+        assert refused.headers['connection'] == 'close' and refused.headers['retry-after'] == '1'
+        assert server.context.metrics.rejected['too_many_connections'] == 1
+        assert held[5].recv(1) == b''  # one that asks nothing is closed, too
+        for sock in held:
+            sock.close()
+        time.sleep(0.1)
+        assert requests.get(f'{running.url}/health', timeout=5).status_code == 200
+
+
+def test_connections_of_one_address_are_limited(serve):
+    server = serve(limits=Limits(address_connections=3))
+    with live(server) as running:
+        held = [socket.create_connection(('127.0.0.1', running.port)) for _ in range(3)]
+        time.sleep(0.1)
+        shape(requests.get(f'{running.url}/health', timeout=5), 429, 'too_many_connections', request_id=False)
+        with socket.create_connection(('127.0.0.1', running.port), source_address=('127.0.0.2', 0)) as other:
+            other.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            assert other.recv(100).startswith(b'HTTP/1.1 200')
         for sock in held:
             sock.close()
         time.sleep(0.1)

@@ -171,7 +171,8 @@ def test_metrics_have_lmdeploy_s_names_and_add_up(serve):
     assert found[f'{p}requests_rejected_total{{code="invalid_request"}}'] == 1
     assert found[f'{p}http_responses_total{{status="200"}}'] == 2
     assert found[f'{p}generation_tokens_total'] == 24
-    for name in ('num_requests_running', 'num_requests_waiting', 'num_requests_succeeded', 'num_requests_failed',
+    for name in ('event_loop_lag_seconds', 'event_loop_lag_worst_seconds', 'num_requests_running',
+                 'num_requests_waiting', 'num_requests_succeeded', 'num_requests_failed',
                  'num_api_requests_routed', 'num_api_requests_waiting', 'gpu_cache_usage_perc', 'prefix_cache_hit_rate',
                  'prompt_tokens_total', 'cached_tokens_total', 'request_success_total{finished_reason="length"}',
                  'iteration_tokens_total', 'request_prompt_tokens_count', 'request_generation_tokens_sum',
