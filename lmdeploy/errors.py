@@ -17,6 +17,7 @@ English), :meth:`LmdeployError.text` gives the other language. Code ranges:
 330   the running engine
 401   command line
 501   the server
+560   the proxy
 580   clients of the server
 ====  ==========================================================
 """

@@ -47,6 +47,7 @@ TITLES = {
     'engine': ('The running engine', '运行中的引擎'),
     'cli': ('Command line', '命令行'),
     'server': ('The server', '服务端'),
+    'proxy': ('The proxy', '代理'),
     'client': ('Clients of the server', '客户端'),
 }
 

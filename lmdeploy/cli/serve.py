@@ -9,6 +9,7 @@ from lmdeploy.cli.screen import Screen
 
 SERVICES = {
     'api_server': Command('lmdeploy.cli.api_server', 'answer requests in the form of OpenAI and LMDeploy'),
+    'proxy': Command('lmdeploy.cli.proxy', 'one address for many servers'),
     'api_client': Command('lmdeploy.cli.api_client', 'talk to a running server in the terminal'),
 }
 

@@ -7,6 +7,7 @@
 ``LMDEPLOY_LOG_LEVEL``      log level by name; ``TM_LOG_LEVEL`` is its older spelling
 ``MODELSCOPE_DOMAIN``       another ModelScope site (a host name or a URL)
 ``LMDEPLOY_API_KEYS``       keys of the server, separated by commas; unlike those of a flag, ``ps`` does not show them
+``LMDEPLOY_NODE_KEY``       key with which servers register at a proxy
 ``SSL_KEYFILE``             the server's private key for ``--ssl``, PEM
 ``SSL_CERTFILE``            its certificate, PEM
 ==========================  ==================================================================
@@ -65,6 +66,11 @@ def modelscope_endpoint() -> str:
 def api_keys() -> list[str]:
     """``LMDEPLOY_API_KEYS``: the keys between its commas."""
     return [key.strip() for key in os.environ.get('LMDEPLOY_API_KEYS', '').split(',') if key.strip()]
+
+
+def node_key() -> str | None:
+    """``LMDEPLOY_NODE_KEY``; None: not set."""
+    return os.environ.get('LMDEPLOY_NODE_KEY', '').strip() or None
 
 
 def tls_files() -> tuple[str | None, str | None]:

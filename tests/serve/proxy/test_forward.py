@@ -1,0 +1,510 @@
+"""A request's way through: to one node, to another if that fails in time, and back byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import time
+from contextlib import AsyncExitStack
+
+import openai
+import pytest
+
+from lmdeploy.serve.limits import Limits
+from tests.serve.proxy.fakes import (
+    CHAT,
+    EVENTS,
+    MODEL,
+    NODE_AUTH,
+    NODE_KEY,
+    FakeNode,
+    answer_ok,
+    die,
+    piece,
+    proxy,
+    run,
+    whole,
+)
+
+STREAM = CHAT | {'stream': True}
+PATH = '/v1/chat/completions'
+
+
+def test_the_answer_comes_back_as_it_is():
+    body = b'{"a":  1, "text": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
+
+    async def answer(node, asked, writer):
+        writer.write(whole(body, '418 Teapot', 'X-Mine: 1', 'Retry-After: 7', 'Set-Cookie: a=b', 'Server: x',
+                           'Connection: X-Hop', 'X-Hop: 1', 'X-Request-Id: other'))
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, proxy() as running:
+            await running.join(node)
+            sent = json.dumps(CHAT, indent=3).encode()
+            found = await running.http.post(PATH, content=sent, headers={'content-type': 'application/json',
+                                                                         'x-request-id': 'mine'})
+            assert (found.status_code, found.content) == (418, body)
+            assert found.headers.get_list('x-request-id') == ['mine']
+            assert found.headers['x-mine'] == '1' and found.headers['retry-after'] == '7'
+            assert not {'set-cookie', 'server', 'x-hop'} & set(found.headers)
+            [asked] = node.asked
+            assert (asked.method, asked.path, asked.body) == ('POST', PATH, sent)
+            assert asked.header('x-request-id') == 'mine'
+            await running.settled()
+
+    run(main())
+
+
+def test_no_credential_of_a_client_reaches_a_node():
+    """What a node gets is a short list, its own key, and who asks, without the key of who asks."""
+    secret = 'the-client-s-own-secret'
+
+    async def main():
+        async with FakeNode().run() as node, proxy(api_keys=(secret,)) as running:
+            await running.join(node, api_key='for-this-node')
+            for headers in ({'authorization': f'Bearer {secret}'}, {'x-api-key': secret}):
+                more = {'cookie': f'k={secret}', 'proxy-authorization': secret, 'x-forwarded-for': secret,
+                        'connection': 'keep-alive, traceparent', 'traceparent': secret, 'te': 'trailers',
+                        'x-lmdeploy-caller': 'somebody-else', 'x-evil': secret, 'upgrade': 'h2c'}
+                found = await running.http.post(PATH, json=CHAT, headers=headers | more)
+                assert found.status_code == 200, found.text
+            for asked in node.asked:
+                assert secret not in repr(asked) and NODE_KEY not in repr(asked)
+                assert asked.header('authorization') == 'Bearer for-this-node'
+                assert [value for name, value in asked.headers if name == 'x-lmdeploy-caller'] == [
+                    running.context.keys.authenticate([(b'x-api-key', secret.encode())], _user()).id]
+                assert {name for name, _ in asked.headers} <= {
+                    'host', 'x-request-id', 'accept-encoding', 'x-lmdeploy-caller', 'authorization', 'accept',
+                    'content-type', 'user-agent', 'content-length'}
+            refused = await running.http.post(PATH, json=CHAT)
+            assert refused.status_code == 401 and len(node.asked) == 2
+
+    run(main())
+
+
+def _user():
+    from lmdeploy.serve.auth import Access
+
+    return Access.USER
+
+
+def test_a_stream_passes_unbuffered_and_byte_for_byte():
+    sent = [b': comment\n\n', 'data: {"text": "你"}\n\n'.encode(), b'event: x\r\ndata: 1\r\ndata: 2\r\n\r\n',
+            b'data: [DONE]\n\n']
+
+    async def answer(node, asked, writer):
+        writer.write(EVENTS)
+        for data in sent:
+            writer.write(piece(data))
+            await asyncio.sleep(0.15)
+        writer.write(piece(b''))
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, proxy() as running:
+            await running.join(node)
+            found, times = [], []
+            async with running.http.stream('POST', PATH, json=STREAM) as stream:
+                assert stream.headers['content-type'] == 'text/event-stream; charset=utf-8'
+                async for data in stream.aiter_raw():
+                    found.append(data)
+                    times.append(time.monotonic())
+            assert found == sent
+            assert all(0.08 < b - a < 0.4 for a, b in zip(times, times[1:])), times
+
+    run(main())
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_node_that_dies_before_the_first_byte_is_replaced(stream):
+    async def headers_only(node, asked, writer):
+        writer.write(EVENTS)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            running = await stack.enter_async_context(proxy(heartbeat_seconds=100))
+            bad = [await stack.enter_async_context(FakeNode('dead', kind).run()) for kind in (die, headers_only)]
+            good = await stack.enter_async_context(FakeNode('good').run())
+            await running.join(*bad, good)
+            for _ in range(12):
+                found = await running.http.post(PATH, json=STREAM if stream else CHAT)
+                assert found.status_code == 200 and 'good' in found.text and 'dead' not in found.text
+            assert len(good.asked) == 12 and all(1 <= len(node.asked) <= 3 for node in bad)
+            status = await running.status()
+            assert [status[node.url]['up'] for node in (*bad, good)] == [False, False, True]
+            assert running.context.metrics.retries['failed'] == sum(len(node.asked) for node in bad)
+            await running.settled()
+
+    run(main())
+
+
+def test_when_all_nodes_fail_the_error_says_so():
+    async def main():
+        async with FakeNode(answer=die).run() as node, proxy(heartbeat_seconds=100) as running:
+            await running.join(node)
+            found = await running.http.post(PATH, json=CHAT)
+            assert found.status_code == 502 and found.json()['error']['code'] == 'node_failed'
+            assert len(node.asked) == 1  # the same node is not asked twice
+            await running.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize('half', [b'', b'data: {"text": "br'])
+def test_a_node_that_dies_in_the_middle_ends_the_stream_with_an_error(half):
+    """As a whole event, after whole events, and without [DONE]."""
+    async def answer(node, asked, writer):
+        writer.write(EVENTS + piece(b'data: {"i": 0}\n\n'))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(piece(half) if half else b'')
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, FakeNode('other').run() as other, proxy() as running:
+            await running.join(node)
+            found = await running.http.post(PATH, json=STREAM)
+            assert found.status_code == 200
+            first, last, rest = found.text.split('\n\n')
+            assert (first, rest) == ('data: {"i": 0}', '')
+            assert json.loads(last.removeprefix('data: '))['error']['code'] == 'node_failed'
+            message = await running.http.post('/v1/messages', json=STREAM)
+            assert message.text.split('\n\n')[1].startswith('event: error\ndata: {"error":{"type":"api_error"')
+            assert other.asked == []
+            async with openai.AsyncOpenAI(api_key='x', base_url=f'{running.url}/v1', max_retries=0) as client:
+                stream = await client.chat.completions.create(**STREAM)
+                with pytest.raises(openai.APIError, match='broke off'):
+                    async for _ in stream:
+                        pass
+            await running.settled()
+            assert running.context.metrics.failed == 3
+
+    run(main())
+
+
+def test_a_whole_answer_that_breaks_off_drops_the_connection():
+    async def answer(node, asked, writer):
+        writer.write(whole(b'x' * 1000)[:-500])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def main():
+        import httpx
+
+        async with FakeNode(answer=answer).run() as node, proxy() as running:
+            await running.join(node)
+            with pytest.raises(httpx.HTTPError):
+                await running.http.post(PATH, json=CHAT)
+            await running.settled()
+
+    run(main())
+
+
+def test_a_busy_node_is_passed_over_and_the_last_one_s_word_counts():
+    async def busy(node, asked, writer):
+        writer.write(whole(b'{"error": "busy"}', '503 Busy', 'Retry-After: 11'))
+
+    async def main():
+        async with FakeNode('a', busy).run() as a, FakeNode('b', busy).run() as b, proxy() as running:
+            await running.join(a, b)
+            found = await running.http.post(PATH, json=CHAT)
+            assert (found.status_code, found.headers['retry-after']) == (503, '11') and b'busy' in found.content
+            assert len(a.asked) == len(b.asked) == 1
+            b.answer = answer_ok
+            for _ in range(5):
+                assert (await running.http.post(PATH, json=CHAT)).json() == {'node': 'b'}
+            assert (await running.status())[a.url]['up']
+            await running.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize('status', ['302 Found', '401 Unauthorized', '403 Forbidden'])
+def test_a_node_that_sends_elsewhere_or_refuses_the_proxy_is_no_answer(status):
+    async def answer(node, asked, writer):
+        writer.write(whole(b'{}', status, f'Location: {other_url[0]}/secret'))
+
+    other_url = ['']
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, FakeNode('other').run() as other, proxy() as running:
+            other_url[0] = other.url
+            await running.join(node)
+            found = await running.http.post(PATH, json=CHAT)
+            assert found.status_code == 502 and 'location' not in found.headers
+            assert other.asked == []
+
+    run(main())
+
+
+OK = b'HTTP/1.1 200 OK\r\n'
+GARBAGE = [b'garbage\r\n\r\n', b'HTTP/1.1 abc\r\n\r\n', b'\x16\x03\x01\x02\x00', OK + b'Content-Length: x\r\n\r\n',
+           OK + b'Content-Length: 1\r\nContent-Length: 2\r\n\r\nab', OK + b'A: b\r\n' * 30000]
+
+
+@pytest.mark.parametrize('data', GARBAGE, ids=range(len(GARBAGE)))
+def test_a_node_that_speaks_nonsense(data):
+    async def answer(node, asked, writer):
+        writer.write(data)
+        await writer.drain()
+        writer.close()
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, FakeNode('good').run() as good, proxy() as running:
+            await running.join(node, good)
+            for _ in range(4):
+                found = await running.http.post(PATH, json=CHAT)
+                assert (found.status_code, found.json()) == (200, {'node': 'good'})
+
+    run(main())
+
+
+def test_a_client_that_leaves_is_noticed_by_the_node():
+    """In the middle of a stream, and before the first byte."""
+    async def forever(node, asked, writer):
+        if b'silent' not in asked.body:
+            writer.write(EVENTS)
+        while b'silent' in asked.body:
+            await asyncio.sleep(1)
+        while True:
+            writer.write(piece(b'data: x\n\n'))
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    async def main():
+        async with FakeNode(answer=forever).run() as node, proxy() as running:
+            await running.join(node)
+            async with running.http.stream('POST', PATH, json=STREAM) as stream:
+                await anext(stream.aiter_raw())
+            await _soon(lambda: node.gone == 1)
+            task = asyncio.ensure_future(running.http.post(PATH, json=CHAT | {'user': 'silent'}))
+            await _soon(lambda: len(node.asked) == 2)
+            task.cancel()
+            await _soon(lambda: node.gone == 2)
+            await running.settled()
+            assert running.context.metrics.cancelled == 2
+
+    run(main())
+
+
+async def _soon(true, seconds: float = 1.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+def test_a_silent_node_is_given_up():
+    """A stream after the time limit, without a second try: the node may be at work on it."""
+    async def silent(node, asked, writer):
+        if b'begin' in asked.body:
+            writer.write(EVENTS + piece(b'data: 1\n\n'))
+            await writer.drain()
+        await asyncio.sleep(30)
+
+    async def main():
+        async with FakeNode(answer=silent).run() as node, proxy(silence_seconds=0.3) as running:
+            await running.join(node)
+            found = await running.http.post(PATH, json=STREAM)
+            assert (found.status_code, found.json()['error']['code']) == (504, 'node_timeout')
+            found = await running.http.post(PATH, json=STREAM | {'user': 'begin'})
+            assert found.status_code == 200 and '"node_timeout"' in found.text.split('\n\n')[1]
+            await _soon(lambda: node.gone == 2)
+            found = await running.http.post(PATH, json=CHAT, headers={'x-request-timeout': '0.4'})
+            assert (found.status_code, found.json()['error']['code']) == (504, 'deadline_exceeded')
+            await running.settled()
+
+    run(main())
+
+
+def test_a_reader_that_takes_nothing_is_bounded_and_given_up():
+    """The node is held back meanwhile: what waits in the proxy does not grow."""
+    sent = [0]
+
+    async def flood(node, asked, writer):
+        writer.write(EVENTS)
+        while True:
+            writer.write(piece(b'data: ' + b'x' * 10000 + b'\n\n'))
+            await writer.drain()
+            sent[0] += 10000
+
+    async def main():
+        async with FakeNode(answer=flood).run() as node, proxy(limits=Limits(stall_seconds=1)) as running:
+            await running.join(node)
+            reader, writer = await asyncio.open_connection('127.0.0.1', int(running.url.rsplit(':', 1)[1]), limit=1024)
+            body = json.dumps(STREAM).encode()
+            writer.write(b'POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % (PATH.encode(), len(body)) + body)
+            await _soon(lambda: node.gone == 1, 10)
+            assert sent[0] < 30_000_000  # what kernels buffer on loopback
+            await running.settled()
+            writer.close()
+
+    run(main())
+
+
+def test_a_large_answer_passes_whole_however_slowly_it_is_read():
+    body = bytes(range(256)) * (16 << 10)
+
+    async def answer(node, asked, writer):
+        writer.write(whole(body))
+        await writer.drain()
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, proxy() as running:
+            await running.join(node)
+            found = b''
+            async with running.http.stream('POST', PATH, json=CHAT) as stream:
+                async for data in stream.aiter_raw():
+                    found += data
+                    await asyncio.sleep(0.002)
+            assert found == body
+
+    run(main())
+
+
+def test_many_streams_under_a_node_that_is_killed():
+    """Every client gets a whole answer or an error that says so; all counts return to zero."""
+    async def slow(node, asked, writer):
+        writer.write(EVENTS)
+        for i in range(20):
+            writer.write(piece(b'data: {"i": %d}\n\n' % i))
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        writer.write(piece(b'data: [DONE]\n\n') + piece(b''))
+
+    async def main():
+        async with FakeNode('b', slow).run() as b, proxy() as running:
+            async with FakeNode('a', slow).run() as a:
+                await running.join(a, b)
+                tasks = [asyncio.ensure_future(running.http.post(PATH, json=STREAM)) for _ in range(60)]
+                await _soon(lambda: len(a.asked) + len(b.asked) == 60, 5)
+                await asyncio.sleep(0.1)
+            found = [answer.text for answer in await asyncio.gather(*tasks)]
+            assert len(a.asked) == len(b.asked) == 30
+            ends = [text.endswith('data: [DONE]\n\n') for text in found]
+            assert ends.count(True) == 30
+            assert all(end or '"code":"node_failed"' in text.split('\n\n')[-2] for text, end in zip(found, ends))
+            await running.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize('body', [b'[]', b'nonsense', b'{"model": 3}', b'{"model": "a", "x": NaN}', b'',
+                                  b'{"model": "%s"}' % (b'x' * 600)])
+def test_bodies_that_are_refused_reach_no_node(body):
+    async def main():
+        async with FakeNode().run() as node, proxy() as running:
+            await running.join(node)
+            found = await running.http.post(PATH, content=body, headers={'content-type': 'application/json'})
+            assert found.status_code == 400 and node.asked == []
+
+    run(main())
+
+
+def test_requests_go_to_nodes_of_their_model():
+    async def main():
+        a, b = FakeNode('a', models=('one', 'both')), FakeNode('b', models=('two', 'both'))
+        async with a.run(), b.run(), proxy() as running:
+            found = await running.http.post(PATH, json={'model': 'one'})
+            assert (found.status_code, found.headers['retry-after']) == (503, '5')
+            await running.join(a, b)
+            async with openai.AsyncOpenAI(api_key='x', base_url=f'{running.url}/v1', max_retries=0) as client:
+                assert [model.id async for model in client.models.list()] == ['both', 'one', 'two']
+            for model, nodes in (('one', {'a'}), ('two', {'b'}), ('both', {'a', 'b'})):
+                answers = [(await running.http.post('/v1/completions', json={'model': model})).json()['node']
+                           for _ in range(20)]
+                assert set(answers) == nodes
+            found = await running.http.post(PATH, json={'model': 'three'})
+            assert (found.status_code, found.json()['error']['code']) == (404, 'model_not_found')
+            found = await running.http.post('/tokenize', json={'text': 'x'})
+            assert found.status_code == 400 and 'both, one, two' in found.json()['error']['message']
+            running.context.nodes.get(a.url).down('test')
+            found = await running.http.post(PATH, json={'model': 'one'})
+            assert (found.status_code, found.json()['error']['code']) == (503, 'no_node')
+            assert (await running.http.get('/v1/models')).json()['data'][0]['id'] == 'both'
+
+    run(main())
+
+
+def test_smuggled_requests_reach_a_node_once_at_most():
+    """Whatever the framing of a request, a node sees no second one in it."""
+    inner = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}'
+    body = json.dumps(CHAT).encode()
+    framings = [f'{a}\r\n{b}' for a in ('Content-Length: %d', 'Content-Length : %d', 'Content-Length: +%d')
+                for b in ('Transfer-Encoding: chunked', 'Transfer-Encoding : chunked', 'Transfer-Encoding: xchunked',
+                          'transfer-encoding:\tchunked', 'Transfer-Encoding: chunked, identity', 'X: y')]
+
+    async def main():
+        async with FakeNode().run() as node, proxy() as running:
+            await running.join(node)
+            for framing in framings:
+                before = len(node.asked)
+                reader, writer = await asyncio.open_connection('127.0.0.1', int(running.url.rsplit(':', 1)[1]))
+                head = framing % len(body) if '%d' in framing else framing
+                writer.write(f'POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}'
+                             '\r\n\r\n'.encode() + body + b'\r\n0\r\n\r\n' + inner)
+                writer.write_eof()
+                try:
+                    await asyncio.wait_for(reader.read(), 1)
+                except (asyncio.TimeoutError, ConnectionError):
+                    pass
+                writer.close()
+                assert len(node.asked) - before <= 1
+                assert all(asked.path == PATH for asked in node.asked)
+
+    run(main())
+
+
+def test_a_drain_lets_streams_finish():
+    async def slow(node, asked, writer):
+        writer.write(EVENTS)
+        for _ in range(10):
+            writer.write(piece(b'data: x\n\n'))
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        writer.write(piece(b'data: [DONE]\n\n') + piece(b''))
+
+    async def main():
+        async with FakeNode(answer=slow).run() as node, proxy() as running:
+            await running.join(node)
+            tasks = [asyncio.ensure_future(running.http.post(PATH, json=STREAM)) for _ in range(8)]
+            await _soon(lambda: len(node.asked) == 8)
+            running.stop.set()
+            await _soon(lambda: running.context.draining)
+            turned = await running.http.post(PATH, json=CHAT)
+            assert (turned.status_code, turned.headers['retry-after']) == (503, '5')
+            assert (await running.http.get('/ready')).status_code == 503
+            refused = await running.http.post('/nodes/add', json={'url': node.url}, headers=NODE_AUTH)
+            assert refused.status_code == 503
+            assert all((await task).text.endswith('data: [DONE]\n\n') for task in tasks)
+
+    run(main())
+
+
+def test_a_reset_of_the_client_cancels_at_once():
+    async def forever(node, asked, writer):
+        writer.write(EVENTS + piece(b'data: x\n\n'))
+        await asyncio.sleep(30)
+
+    async def main():
+        async with FakeNode(answer=forever).run() as node, proxy() as running:
+            await running.join(node)
+            body = json.dumps(STREAM | {'model': MODEL}).encode()
+            sock = socket.create_connection(('127.0.0.1', int(running.url.rsplit(':', 1)[1])))
+            sock.sendall(b'POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % (PATH.encode(), len(body)) + body)
+            await _soon(lambda: len(node.asked) == 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            sock.close()
+            await _soon(lambda: node.gone == 1)
+            await running.settled()
+
+    run(main())
