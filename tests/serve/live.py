@@ -16,8 +16,8 @@ class Live:
     def __init__(self, server, drain_seconds: float) -> None:
         self.server = server
         self.told: list[str] = []
-        self._sock = bind('127.0.0.1', 0)
-        self.port = self._sock.getsockname()[1]
+        self.sock = bind('127.0.0.1', 0)
+        self.port = self.sock.getsockname()[1]
         self.url = f'http://127.0.0.1:{self.port}'
         self._ready = threading.Event()
         self._drain = drain_seconds
@@ -32,7 +32,7 @@ class Live:
             return None
 
         watcher = Watcher(ready=self._ready.set, stats=self.told.append, draining=lambda: self.told.append('draining'))
-        await run_server(self.server.app, self._sock, load, watcher, drain_seconds=self._drain, stop=self._stop)
+        await run_server(self.server.app, self.sock, load, watcher, drain_seconds=self._drain, stop=self._stop)
 
     def start(self) -> None:
         self.thread.start()
