@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from lmdeploy.serve.addresses import Crowd
+from lmdeploy.serve.errors import HttpError, failure
+from lmdeploy.serve.exchange import Counts
+
 HEADER_SECONDS = 10.0
+REFUSED_SECONDS = 1.0
+"""For the client of a connection that is one too many to send the request which is refused."""
 HEADER_BYTES = 1 << 20
 """Nothing of a request whose header is larger is answered; smaller ones that are still too large get a 431."""
 UNREAD_SECONDS = 30.0
@@ -23,22 +30,40 @@ RESET = struct.pack('ii', 1, 0)
 
 
 class Connection(HttpToolsProtocol):
-    """Closes connections whose request line and headers do not arrive in time, or without an end, and those whose
-    client does not take its response.
+    """Closes connections whose request line and headers do not arrive in time, or without an end, those whose client
+    does not take its response, and those that are one too many.
 
     Requests of which two readers could see different ends or different hosts are refused. An offer to change the
     protocol is declined, as if it were not there: the parser would take the body behind it for another protocol's.
 
     The scope of a request gets ``extensions['lmdeploy.abort']``, which drops the connection with all that waits in it:
     an ordinary close would wait for a reader that takes nothing.
+
+    Args:
+        crowd: the other connections.
+        counts: where a refusal is counted.
+        uvicorn: what uvicorn gives its protocols.
     """
 
     _timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
     _served: RequestResponseCycle | None = None
     _header_size = 0
+    _address = ''
+    _refusal: HttpError | None = None  # why it is one too many
+
+    def __init__(self, crowd: Crowd, counts: Counts, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._crowd, self._counts = crowd, counts
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = transport.get_extra_info('peername')
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ''
+        self._refusal = self._crowd.enter(self._address)
+        if self._refusal is not None:
+            self.transport = transport
+            self._timer = self.loop.call_later(REFUSED_SECONDS, transport.abort)
+            return
         super().connection_made(transport)
         self._expect_header()
 
@@ -49,9 +74,14 @@ class Connection(HttpToolsProtocol):
         if self._served is not None and not self._served.response_complete:
             self._served.disconnected = True  # uvicorn tells the last request that was read, which may wait behind it
             self._served.message_event.set()
-        super().connection_lost(exc)
+        if self._refusal is None:
+            self._crowd.leave(self._address)
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+            return
         self._unset_keepalive_if_required()
         while data:
             try:
@@ -103,6 +133,19 @@ class Connection(HttpToolsProtocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
         self._watch_reader(None)
+
+    def _refuse(self, refusal: HttpError) -> None:
+        """Answer a first request, whatever it is, and close: not earlier, as what is unread then costs the answer."""
+        if self.transport.is_closing():
+            return
+        told = failure(refusal, '')
+        self._counts.rejected[told.code] += 1
+        fields = [(b'content-type', b'application/json'), (b'content-length', str(len(told.body)).encode()),
+                  (b'connection', b'close'), *told.headers]
+        self.transport.write(b'HTTP/1.1 %d %s\r\n%s\r\n%s' % (
+            told.status, HTTPStatus(told.status).phrase.encode(),
+            b''.join(b'%s: %s\r\n' % field for field in fields), told.body))
+        self.transport.close()
 
     def _check_framing(self) -> None:
         """Refuse what the parser lets pass, by an error that it turns into a 400."""
