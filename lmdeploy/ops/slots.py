@@ -156,3 +156,14 @@ def decode_inputs(packed: Tensor, blocks: Tensor, last_token: Tensor, block_size
     flat[entries] = current
     token_ids = torch.where(tokens < 0, last_token[at], tokens)
     return token_ids, positions.clone(), current.long() * block_size + positions % block_size, positions + 1
+
+
+@op
+def keep_results(results: Tensor, turn: Tensor, tokens: Tensor, status: Tensor) -> None:
+    """Write a step's ``tokens [R] int32``, then its ``status [R] uint8``, into row ``turn`` of ``results``.
+
+    Args:
+        results: ``[rows, 2 R or more] int32``.
+        turn: ``[1] int32``.
+    """
+    results[:, : 2 * len(tokens)].index_copy_(0, turn.long(), torch.cat((tokens, status.int()))[None])

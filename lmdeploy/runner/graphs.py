@@ -27,7 +27,7 @@ from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM
-from lmdeploy.ops.slots import decode_inputs, sample_slots
+from lmdeploy.ops.slots import decode_inputs, keep_results, sample_slots
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.slots import SlotTable
 
@@ -181,7 +181,6 @@ class GraphRunner:
     def _step(self, bucket: int, plain: bool) -> Callable[[], None]:
         """The function of one bucket: all it reads and writes is static."""
         packed, turn = self._inputs[: 4 * bucket].view(4, bucket), self._inputs[4 * bucket : 4 * bucket + 1]
-        results = self._results[:, : 2 * bucket]
         size = self.slots.block_size
         tables = self.tables
         max_kv = min(tables.blocks.shape[1] * size, self.slots.session_len)
@@ -200,7 +199,7 @@ class GraphRunner:
                 batch.block_table, batch.table_rows = batch.tables(), output_rows.int()
             logits = self.model.logits(self.model(batch, self.kv))
             tokens, status = sample_slots(logits, packed[0], positions, tables.sampling, plain)
-            results.index_copy_(0, turn.long(), torch.cat((tokens, status.int()))[None])
+            keep_results(self._results, turn, tokens, status)
 
         return step
 
