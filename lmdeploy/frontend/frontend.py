@@ -25,6 +25,7 @@ from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend import params
 from lmdeploy.frontend.prompts import Prompt
+from lmdeploy.grammar.checker import Checker
 from lmdeploy.grammar.compiler import Compiler
 from lmdeploy.grammar.formats import Source, read_format
 from lmdeploy.grammar.sandbox import Sandbox
@@ -84,15 +85,17 @@ class AsyncFrontend:
         template: its :class:`lmdeploy.chat.ChatTemplate`.
         capacity: what the started engine holds.
         model_len: the context length that the model was made for, for the error text.
+        grammars: makes what a request's grammar is for the engine; None: compiles it, for an engine in this process.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Any, template: Any, capacity: Capacity, model_len: int) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Any, template: Any, capacity: Capacity, model_len: int,
+                 grammars: Compiler | Checker | None = None) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
         self.capacity = capacity
         self.model_len = model_len
-        self.grammars = Compiler(tokenizer, capacity.vocab_size, sandbox=Sandbox())
+        self.grammars = grammars or Compiler(tokenizer, capacity.vocab_size, sandbox=Sandbox())
         self._ids = itertools.count()
 
     def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,

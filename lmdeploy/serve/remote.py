@@ -11,6 +11,8 @@ from lmdeploy.chat.template import ChatTemplate
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.remote import Health, ProcessClient
 from lmdeploy.frontend.frontend import AsyncFrontend
+from lmdeploy.grammar.checker import Checker
+from lmdeploy.grammar.sandbox import Sandbox
 from lmdeploy.tokenizer import Tokenizer
 
 
@@ -40,7 +42,8 @@ class ProcessEngine:
             capacity = await engine
         finally:
             engine.cancel()
-        self.frontend = AsyncFrontend(self.client, tokenizer, template, capacity, self.client.context_len)
+        self.frontend = AsyncFrontend(self.client, tokenizer, template, capacity, self.client.context_len,
+                                      Checker(Sandbox()))
 
     def health(self) -> Health:
         return self.client.health()
@@ -52,7 +55,9 @@ class ProcessEngine:
         await self.client.wakeup()
 
     async def close(self) -> None:
-        """End the engine's process."""
+        """End the engine's process, and those in which grammars are tried out."""
+        if self.frontend is not None:
+            self.frontend.grammars.close()
         await self.client.aclose()
 
     def _read(self) -> tuple[Tokenizer, ChatTemplate]:
