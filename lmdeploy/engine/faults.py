@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmdeploy.engine.plan import DEAD_MASK, NON_FINITE, PROCESSOR_FAILED
+from lmdeploy.engine.plan import DEAD_MASK, NO_MEMORY, NON_FINITE, PROCESSOR_FAILED
 from lmdeploy.errors import EngineDead, RequestError
 
 
@@ -22,5 +22,7 @@ def bad_row(status: int, position: int, cause: str) -> RequestError:
         return RequestError('LMD-334', position=position)
     if status == DEAD_MASK:
         return RequestError('LMD-335', position=position)
+    if status == NO_MEMORY:
+        return RequestError('LMD-207', cause=cause)
     assert status == PROCESSOR_FAILED, f'unknown status {status}'
     return RequestError('LMD-336', position=position, cause=cause)

@@ -14,7 +14,7 @@ import numpy as np
 # rows' output ranges: which positions of the row's query give logits
 OUTPUT_NONE, OUTPUT_LAST, OUTPUT_ALL = 0, 1, 2
 # rows' statuses
-OK, NON_FINITE, DEAD_MASK, PROCESSOR_FAILED = 0, 1, 2, 3
+OK, NON_FINITE, DEAD_MASK, PROCESSOR_FAILED, NO_MEMORY = 0, 1, 2, 3, 4
 # a token that only the device knows yet: read ``slots.last_token[slot]``
 PENDING = -1
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.plan import OK, Logprobs, StepResult
+from lmdeploy.engine.plan import NO_MEMORY, OK, Logprobs, StepResult
 from lmdeploy.runner.sampler import Sampled
 
 
@@ -44,6 +44,7 @@ class Launched:
     Attributes:
         rows: how many rows the plan has.
         sampled: what was drawn; None: no row drew.
+        failure: why no row of it ran.
         logits, hidden: by plan row ``[positions, vocab]`` and ``[positions, hidden]``, float32 on the device.
     """
 
@@ -52,6 +53,7 @@ class Launched:
     sampled: Sampled | None = None
     logits: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    failure: str = ''
     _download: Download = field(default_factory=lambda: Download([]))
 
     def send(self, device: torch.device) -> Launched:
@@ -74,6 +76,9 @@ class Launched:
             token_start=np.zeros(self.rows + 1, np.int32),
             tokens=np.zeros(0, np.int32),
         )
+        if self.failure:
+            result.status[:] = NO_MEMORY
+            result.errors = dict.fromkeys(range(self.rows), self.failure)
         if self.sampled is not None:
             _read_tokens(result, self.sampled, tensors)
         result.logits = {row: next(tensors) for row in self.logits}

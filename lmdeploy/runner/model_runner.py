@@ -10,7 +10,6 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ import torch
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.engine.plan import OUTPUT_NONE, StepPlan
-from lmdeploy.errors import ConfigError, EngineDead
+from lmdeploy.errors import ConfigError
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
@@ -37,7 +36,6 @@ from lmdeploy.runner.tables import send
 from lmdeploy.weights.checkpoint import Checkpoint, open_checkpoint
 from lmdeploy.weights.dummy import DummyCheckpoint, read_config
 
-T = TypeVar('T')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEVICE_DTYPES = {'cpu': ('float32', 'bfloat16'), 'cuda': ('float32', 'bfloat16', 'float16')}
 
@@ -120,7 +118,7 @@ class ModelRunner:
         """Launch a step; on a CPU it has run when this returns.
 
         Raises:
-            EngineDead: LMD-207: memory ran out, twice.
+            RuntimeError: what the device says; not that memory ran out, which is a status of the step's rows.
         """
         for slot in plan.closed:
             self.slots.close(slot)
@@ -133,7 +131,7 @@ class ModelRunner:
             return self.graphs.launch(plan)
         self.slots.append(plan.slots, plan.block_start, plan.blocks)
         batch, outputs = inputs.build(plan, self.slots)
-        return self._with_memory(plan.num_tokens, lambda: self._step(plan, batch, outputs))
+        return self._with_memory(plan, lambda: self._step(plan, batch, outputs))
 
     def choices(self) -> dict[str, str]:
         """What really runs, for the start line."""
@@ -225,14 +223,14 @@ class ModelRunner:
                 found.append((row, at))
         return found
 
-    def _with_memory(self, tokens: int, step: Callable[[], T]) -> T:
-        """Run ``step``; if memory runs out, free what can be freed and try once more."""
+    def _with_memory(self, plan: StepPlan, step: Callable[[], Launched]) -> Launched:
+        """Run ``step``; if memory runs out, free what can be freed and try once more; then the step has failed."""
         try:
             return step()
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            get_logger().warning('memory ran out in a step of %d tokens; trying once more', tokens)
+            get_logger().warning('memory ran out in a step of %d tokens; trying once more', plan.num_tokens)
         gc.collect()
         if self.device.type != 'cpu':
             torch.cuda.empty_cache()
@@ -241,7 +239,9 @@ class ModelRunner:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            raise EngineDead('LMD-207', tokens=tokens, cause=str(error).splitlines()[0][:200]) from error
+            cause = f'{plan.num_tokens} tokens: {str(error).splitlines()[0][:200]}'
+            get_logger().error('memory ran out in a step of %s', cause)
+        return Launched(plan.step, plan.rows, failure=cause).send(self.device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -49,6 +49,7 @@ FAULTS: dict[str, Fault] = {
     'LMD-304': UNSUPPORTED,
     'LMD-313': UNSUPPORTED,
     'LMD-317': UNSUPPORTED,
+    'LMD-207': Fault(503, 'server_error', 'out_of_memory', hidden=True),
     'LMD-330': TOO_LONG,
     'LMD-332': TOO_LONG,
     'LMD-334': Fault(500, 'server_error', 'numerical_error'),

@@ -40,9 +40,10 @@ TEXTS: dict[str, dict[str, str]] = {
               '请将设备设为 "auto"，或安装对应的 torch 版本。',
     },
     'LMD-207': {
-        'en': 'memory ran out in a step of {tokens} tokens, twice ({cause}). Close other programs, or load the model '
-              'with a smaller max_prefill_token_num, max_batch_size or cache_max_entry_count.',
-        'zh': '在一个 {tokens} token 的计算步中内存两次耗尽（{cause}）。请关闭其他程序，或以更小的 '
+        'en': 'memory ran out, twice, in a step of this request ({cause}); the engine goes on. Send it again later, close '
+              'other programs, or load the model with a smaller max_prefill_token_num, max_batch_size or '
+              'cache_max_entry_count.',
+        'zh': '在该请求的计算步中内存两次耗尽（{cause}）；引擎继续运行。请稍后重试、关闭其他程序，或以更小的 '
               'max_prefill_token_num、max_batch_size 或 cache_max_entry_count 重新加载模型。',
     },
     'LMD-208': {

@@ -10,7 +10,7 @@ from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.request import EngineInput
 from lmdeploy.engine.sampling import SamplingParams
-from lmdeploy.errors import ConfigError, EngineDead, LoadError
+from lmdeploy.errors import ConfigError, LoadError, RequestError
 from lmdeploy.executor.local import LocalExecutor
 from tests.models.tiny import VOCAB, load_reference, make_tiny
 
@@ -117,7 +117,7 @@ def test_a_poisoned_request_fails_alone_and_leaves_the_cache_clean(folder):
     assert answer(core, [(p, {'banned_ids': (7,)}) for p in good])[0] == before
 
 
-def test_memory_that_runs_out_once_is_survived_and_twice_is_the_end(folder, monkeypatch):
+def test_memory_that_runs_out_once_is_survived_and_twice_is_the_end_of_the_requests_of_that_step(folder, monkeypatch):
     core = engine(folder)
     runner, wanted = core.executor._runner, answer(core, [(PROMPTS[1], {})])[0]
     step, failures = runner._step, [1]
@@ -133,7 +133,9 @@ def test_memory_that_runs_out_once_is_survived_and_twice_is_the_end(folder, monk
     failures[0] = 2
     _, deltas = answer(core, [(PROMPTS[1], {})])
     error = deltas[0][-1].finish.error
-    assert isinstance(error, EngineDead) and error.code == 'LMD-207'
+    assert isinstance(error, RequestError) and error.code == 'LMD-207'
+    assert core.scheduler.idle and not core.stats().used_blocks
+    assert answer(core, [(PROMPTS[1], {})])[0] == wanted
 
 
 def test_capacity_says_what_runs(folder):
