@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lmdeploy.ops.triton.activation import gated
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, prefetch_l2
+from lmdeploy.ops.triton.launch import Workspace, gdc_launch_dependents, gdc_wait, prefetch_l2
 
 GATE_GROUP = 8  # gated weights: 8 rows of the gate, then 8 of up, and so on
 
@@ -127,23 +127,8 @@ def _store(acc, tile, tokens, bias, y, M, N, y_stride, BM: tl.constexpr, BN: tl.
         tl.store(at, out.to(y.dtype.element_ty), mask=(tokens < M)[None, :] & (rows < N // 2)[:, None])
 
 
-class Workspace:
-    """Partial sums and counters, shared by all calls of one stream: kernels of a stream do not overlap in their use."""
-
-    def __init__(self) -> None:
-        self.parts: dict[torch.device, Tensor] = {}
-        self.arrived: dict[torch.device, Tensor] = {}
-
-    def get(self, device: torch.device, parts: int, tiles: int) -> tuple[Tensor, Tensor]:
-        """``(float32 [>= parts], int32 [>= tiles] of zeros)``; call it once with the largest sizes before capturing."""
-        if device not in self.parts or self.parts[device].numel() < parts:
-            self.parts[device] = torch.empty(max(parts, 1 << 22), dtype=torch.float32, device=device)
-        if device not in self.arrived or self.arrived[device].numel() < tiles:
-            self.arrived[device] = torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device)
-        return self.parts[device], self.arrived[device]
-
-
-WORKSPACE = Workspace()
+_PARTS = Workspace(torch.float32, 1 << 22)
+_ARRIVED = Workspace(torch.int32, 1 << 14)
 
 
 def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, gate: str = '',
@@ -162,7 +147,10 @@ def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfi
     y = torch.empty(m, width, dtype=x.dtype, device=x.device) if out is None else out
     bm = max(16, triton.next_power_of_2(m))
     tiles = triton.cdiv(n, config.block_n)
-    parts, arrived = WORKSPACE.get(x.device, tiles * config.split * config.block_n * bm, tiles)
+    parts = arrived = None
+    if config.split > 1:
+        parts = _PARTS.get(x.device, tiles * config.split * config.block_n * bm)
+        arrived = _ARRIVED.get(x.device, tiles)
     ahead = min(config.ahead, k)
     w_map = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]) if config.tma else None
     _gemm_kernel[(tiles * config.split,)](

@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ['gdc_launch_dependents', 'gdc_wait', 'multiprocessors', 'prefetch_l2', 'supports_pdl']
+__all__ = ['Workspace', 'gdc_launch_dependents', 'gdc_wait', 'multiprocessors', 'prefetch_l2', 'supports_pdl']
 
 
 @lru_cache
@@ -37,3 +38,24 @@ def prefetch_l2(address, BYTES: tl.constexpr):
     tl.inline_asm_elementwise(
         'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;', '=r,l,r', [address.to(tl.int64), size],
         dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+class Workspace:
+    """Scratch memory that starts as zeros and that every kernel leaves as it wants to find it.
+
+    Kernels of one stream follow each other, so all of them share it. Captured graphs keep its address: what was handed
+    out once is never freed, and it cannot grow during a capture. Run once at the largest size before capturing.
+    """
+
+    def __init__(self, dtype: torch.dtype, least: int = 1024) -> None:
+        self.dtype, self.least = dtype, least
+        self._buffers: dict[torch.device, list[Tensor]] = {}
+
+    def get(self, device: torch.device, size: int) -> Tensor:
+        """At least ``size`` elements on ``device``."""
+        buffers = self._buffers.setdefault(device, [])
+        if not buffers or buffers[-1].numel() < size:
+            if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f'{size} elements of scratch memory are first asked for during a graph capture')
+            buffers.append(torch.zeros(max(size, self.least), dtype=self.dtype, device=device))
+        return buffers[-1]
