@@ -79,6 +79,8 @@ class ModelRunner:
         try:
             self._prepare(checkpoint)
             self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
+            if self.device.type != 'cpu':
+                checkpoint.upload_to(self.device)
             self.model.load(checkpoint.prefix())
             checkpoint.finish(self.model.ignore)
         finally:

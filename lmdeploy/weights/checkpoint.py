@@ -2,7 +2,7 @@
 
 Life: :func:`open_checkpoint` checks every header and reads no tensor; modules pull theirs through :class:`Prefix`
 cursors; :meth:`Checkpoint.finish` names what nobody asked for; :meth:`Checkpoint.close` closes the files. Tensors own
-their memory and outlive the checkpoint. Pulling is safe from several threads.
+their memory and outlive the checkpoint. Pulling is safe from several threads, unless they are uploaded to a device.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lmdeploy.weights.folder import open_weight_files, read_json
 from lmdeploy.weights.gguf import GGUFHeader, TensorRecord, supported_types
 from lmdeploy.weights.gguf_config import ROPE_FACTORS, GGUFConfig
 from lmdeploy.weights.gguf_names import GGUFArchitecture, hf_name
+from lmdeploy.weights.upload import Uploader
 
 MAX_LISTED = 20
 MAX_THREADS = 8  # of one dequantisation; more would wait for the interpreter
@@ -96,6 +97,11 @@ class Checkpoint:
         self._files = tuple(files)
         self._children = _index_children(tensors)
         self._used: set[str] = set()
+        self._uploader: Uploader | None = None
+
+    def upload_to(self, device: torch.device) -> None:
+        """From now on, tensors that need no dequantisation are read straight into the memory of ``device``."""
+        self._uploader = Uploader(device)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -122,6 +128,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files; tensors that were pulled stay valid."""
+        if self._uploader is not None:
+            self._uploader.close()
+            self._uploader = None
         for file in self._files:
             file.close()
 
@@ -157,7 +166,11 @@ class Checkpoint:
         self._used.add(name)
         if stored.dtype_name in BLOCK_TYPES:
             return _read_blocks(stored, dtype or torch.float32)
-        tensor = _read_raw(stored)
+        if self._uploader is not None:
+            data = self._uploader.read(stored.file, stored.offset, stored.nbytes)
+            tensor = _restore(stored, data.view(DTYPES[stored.dtype_name]).view(stored.shape))
+        else:
+            tensor = _read_raw(stored)
         return tensor if dtype is None else tensor.to(dtype)
 
 

@@ -52,6 +52,9 @@ class DummyCheckpoint(Checkpoint):
         self._device = device
         self._generator = torch.Generator(device).manual_seed(0)
 
+    def upload_to(self, device: torch.device) -> None:
+        """Nothing: tensors are made where they belong."""
+
     def get(self, name: str, shape: tuple[int | None, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A random tensor; see :meth:`Prefix.get`."""
         stored = self.stored(name)
