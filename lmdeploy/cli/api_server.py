@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lmdeploy.serve.auth import KeyRing
     from lmdeploy.serve.context import ServerContext
     from lmdeploy.serve.limits import Limits
+    from lmdeploy.serve.proxy.membership import Membership
     from lmdeploy.serve.remote import ProcessEngine
 
 
@@ -83,7 +84,9 @@ OPTIONS = (
     Option('--max-log-len', int, None, 'accepted; prompts are never logged', 'N'),
     Option('--vision-max-batch-size', int, 1, 'accepted for models that read text only', 'N'),
     Option('--trust-remote-code', bool, False, 'accepted; code in a model folder is never run'),
-    Option('--proxy-url', str, None, 'not supported by this version', 'URL'),
+    Option('--proxy-url', str, None, 'register at the proxy with this address', 'URL'),
+    Option('--node-key', str, None, 'the key of that proxy for nodes (better: LMDEPLOY_NODE_KEY)', 'KEY'),
+    Option('--node-url', str, None, 'where that proxy reaches this server (default: its own address)', 'URL'),
 )
 HINTS = ('max_log_len', 'vision_max_batch_size', 'trust_remote_code')
 ALL_ENGINE_OPTIONS = (
@@ -172,17 +175,22 @@ def merge(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
             args, name, ...)
         if given is not ... and not (given is None and name in chosen):
             origin = 'default' if given is None else 'command line'
-            found.append((name, '***' if 'keys' in name and isinstance(given, list) else given, origin))
+            found.append((name, _shown(name, given), origin))
         elif name in chosen:
             value = chosen[name]
             setattr(args, name, [str(v) for v in value] if types[name] is list else value)
-            found.append((name, '***' if 'keys' in name and isinstance(value, list) else value, str(path)))
+            found.append((name, _shown(name, value), str(path)))
         elif name in defaults:
             setattr(args, name, defaults[name])
             found.append((name, defaults[name], 'default'))
         else:
             found.append((name, None, 'default'))  # an engine option: its default is that of the engine's config
     return found
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A value as it is printed: no key ever is."""
+    return '***' if name == 'node_key' or ('keys' in name and isinstance(value, list)) else value
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -231,7 +239,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.reasoning_parser not in (None, 'none'):
         reasoning_parser(args.reasoning_parser)
     if args.proxy_url is not None:
-        raise ConfigError('LMD-527', option='--proxy-url', value=args.proxy_url, reason='there is no proxy to join')
+        from lmdeploy.serve.fetch import Address
+
+        Address.parse(args.proxy_url)
+        if not (args.node_key or env.node_key()):
+            raise ConfigError('LMD-527', option='--proxy-url', value=args.proxy_url,
+                              reason='the proxy takes no server without its node key; set LMDEPLOY_NODE_KEY')
     if args.log_format not in ('text', 'json'):
         raise ConfigError('LMD-527', option='--log-format', value=args.log_format, reason='choose text or json')
     if '*' in args.allow_origins and args.allow_credentials:
@@ -298,7 +311,8 @@ def _serve(args: argparse.Namespace, screen: Screen, limits: Limits, keys: KeyRi
     url = f'{scheme}://{host}:{sock.getsockname()[1]}'
     screen.note('serve_loading', model=args.model_path, url=url)
     try:
-        asyncio.run(_run(context, engine, sock, tls, stop, args.drain_timeout, screen, url))
+        asyncio.run(_run(context, engine, sock, tls, stop, args.drain_timeout, screen, url,
+                         _membership(args, context, screen, sock, scheme)))
     finally:
         if audit is not None:
             audit.close()
@@ -306,17 +320,49 @@ def _serve(args: argparse.Namespace, screen: Screen, limits: Limits, keys: KeyRi
 
 
 async def _run(context: ServerContext, engine: ProcessEngine, sock: socket.socket, tls: ssl.SSLContext | None,
-               stop: asyncio.Event, drain_seconds: float, screen: Screen, url: str) -> None:
+               stop: asyncio.Event, drain_seconds: float, screen: Screen, url: str, member: Membership | None) -> None:
     from lmdeploy.serve.lifecycle import Watcher, serve
     from lmdeploy.serve.openai.api_server import create_app
 
-    watcher = Watcher(ready=lambda: _banner(context, screen, url),
-                      stats=lambda line: print(line, file=sys.stderr, flush=True),
-                      draining=lambda: screen.note('serve_draining', seconds=drain_seconds))
+    tasks: list[asyncio.Task[None]] = []
+
+    def ready() -> None:
+        _banner(context, screen, url)
+        if member is not None:
+            tasks.append(asyncio.create_task(member.run()))
+
+    def draining() -> None:
+        screen.note('serve_draining', seconds=drain_seconds)
+        if member is not None:  # before requests are turned away, so that the proxy sends none that would be
+            tasks.append(asyncio.create_task(member.leave()))
+
+    watcher = Watcher(ready=ready, stats=lambda line: print(line, file=sys.stderr, flush=True), draining=draining)
     try:
         await serve(create_app(context), sock, engine.load, watcher, tls=tls, drain_seconds=drain_seconds, stop=stop)
     finally:
+        for task in tasks:
+            task.cancel()
+        if member is not None:
+            await member.close()
         await engine.close()
+
+
+def _membership(args: argparse.Namespace, context: ServerContext, screen: Screen, sock: socket.socket,
+                scheme: str) -> Membership | None:
+    """What keeps this server registered at ``--proxy-url``; the proxy may then speak for its callers."""
+    if args.proxy_url is None:
+        return None
+    from lmdeploy.serve.fetch import Address
+    from lmdeploy.serve.proxy.membership import Membership, reachable_url
+
+    key = args.node_key or env.node_key()
+    assert key is not None, 'checked with the other options'
+    proxy = Address.parse(args.proxy_url)
+    url = args.node_url or reachable_url(scheme, args.server_name, sock.getsockname()[1], proxy)
+    member = Membership(proxy, key, url, context.model_names,
+                        joined=lambda: screen.note('proxy_joined', proxy=proxy.url, url=url))
+    context.keys.trust_proxy(member.api_key)
+    return member
 
 
 def _banner(context: ServerContext, screen: Screen, url: str) -> None:

@@ -76,6 +76,7 @@ def test_bad_config_files(tmp_path, capsys, text, code):
     (['m', '--api-keys-file', '/none'], 78, 'LMD-528'),
     (['m', '--ssl'], 78, 'LMD-503'),
     (['m', '--proxy-url', 'http://x'], 78, 'LMD-527'),
+    (['m', '--proxy-url', 'ftp://x', '--node-key', 'k'], 78, 'LMD-581'),
     (['m', '--server-port', '70000'], 98, 'LMD-502'),
     (['m', '--server-port', '0', '--dp', '2'], 78, 'LMD-227'),
     (['m', '--server-port', '0', '--server-name', '0.0.0.0', '--enable-admin'], 78, 'LMD-527'),

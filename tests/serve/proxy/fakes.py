@@ -126,9 +126,11 @@ class FakeNode:
         try:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                self.gone += 1
                 raise ConnectionResetError
             answer.result()
+        except ConnectionError:
+            self.gone += 1
+            raise
         finally:
             answer.cancel()
             left.cancel()
