@@ -67,11 +67,12 @@ def measure(device: torch.device) -> Room:
 
 
 def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, room: Room, *,
-                weights: int | None = None) -> MemoryPlan:
+                weights: int | None = None, workspace: int | None = None) -> MemoryPlan:
     """Share out ``room``.
 
     Args:
         weights: bytes that the weights will still take; None: what the model's shape says.
+        workspace: bytes that will be needed beside weights and cache; None: what the sizes say.
 
     Raises:
         ConfigError: LMD-201, LMD-208 one session does not fit, LMD-202 the weights do not, LMD-203 the named number of
@@ -85,8 +86,7 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim)
     plan = MemoryPlan(
         weights=weight_bytes(model, itemsize, room.on_cpu) if weights is None else weights,
-        workspace=workspace_bytes(model, itemsize, batch, step)
-        + (0 if room.on_cpu else _gpu_bytes(engine, model, batch)),
+        workspace=_workspace(engine, model, itemsize, batch, step, room) if workspace is None else workspace,
         block=shape.bytes_per_block(engine.block_size, Fp(dtype)),
         num_blocks=0,
         session_len=engine.session_len or model.context_len,
@@ -161,10 +161,19 @@ def workspace_bytes(model: ModelConfig, itemsize: int, batch: int, step_tokens: 
     return BASE_WORKSPACE + activations + logits
 
 
-def _gpu_bytes(engine: EngineConfig, model: ModelConfig, batch: int) -> int:
-    """Bytes that a GPU needs beside those: tables of slots, and graphs with the logits of the largest batch."""
-    tables = DeviceTables.nbytes(batch, engine.session_len or model.context_len, engine.block_size, model.vocab_size)
-    return tables + (GRAPHS + 8 * batch * model.vocab_size if engine.runner == 'graph' else 0)
+def graph_bytes(engine: EngineConfig, model: ModelConfig, batch: int) -> int:
+    """Bytes of the recorded graphs, with the logits of the largest batch."""
+    return GRAPHS + 8 * batch * model.vocab_size if engine.runner == 'graph' else 0
+
+
+def _workspace(engine: EngineConfig, model: ModelConfig, itemsize: int, batch: int, step: int, room: Room) -> int:
+    """All of :func:`workspace_bytes`, and on a GPU the tables of slots and the graphs."""
+    size = workspace_bytes(model, itemsize, batch, step)
+    if room.on_cpu:
+        return size
+    session_len = engine.session_len or model.context_len
+    tables = DeviceTables.nbytes(batch, session_len, engine.block_size, model.vocab_size)
+    return size + tables + graph_bytes(engine, model, batch)
 
 
 def gib(size: int) -> str:

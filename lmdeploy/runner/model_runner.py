@@ -29,7 +29,8 @@ from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
-from lmdeploy.runner.memory import MemoryPlan, measure, name_of, plan_memory
+from lmdeploy.runner.memory import BASE_WORKSPACE, MemoryPlan, gib, graph_bytes, measure, name_of, plan_memory
+from lmdeploy.runner.profile import peak_bytes
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
 from lmdeploy.runner.tables import send
@@ -86,15 +87,13 @@ class ModelRunner:
         finally:
             checkpoint.close()
         return_freed_memory()
-        if self.device.type != 'cpu':  # what the weights really took is known now
-            torch.cuda.empty_cache()
-            self.plan = plan_memory(self._sized(), self.model_config, self.dtype, measure(self.device), weights=0)
+        record, on_gpu = self._record, self.device.type != 'cpu'
+        self.slots = SlotTable(self.plan.max_batch_size, self.plan.session_len, self.engine.block_size, self.device,
+                               self.model_config.vocab_size if record is not None or on_gpu else None)
+        if on_gpu:
+            self.plan = self._measured()
         plan = self.plan
         self.kv = KVCache(self.model.kv_shape, plan.num_blocks, self.engine.block_size, self.dtype, self.device)
-        record = self._record
-        with_tables = record is not None or self.device.type != 'cpu'
-        self.slots = SlotTable(plan.max_batch_size, plan.session_len, self.engine.block_size, self.device,
-                               self.model_config.vocab_size if with_tables else None)
         self.sampler = Sampler(self.slots)
         if self.engine.runner != 'graph':
             return
@@ -181,9 +180,14 @@ class ModelRunner:
         return ModelConfig.from_dict(checkpoint.config, session_len=session_len,
                                      rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
 
-    def _sized(self) -> EngineConfig:
-        """The options with the session length fixed, which the model was built for."""
-        return replace(self.engine, session_len=self.plan.session_len)
+    def _measured(self) -> MemoryPlan:
+        """The plan anew, when the weights lie in a GPU's memory, with what the largest step really takes."""
+        peak = peak_bytes(self.model, self.slots, self.plan, self.dtype)
+        graphs = graph_bytes(self.engine, self.model_config, self.plan.max_batch_size)
+        get_logger().info('the largest step takes %s', gib(peak))
+        sized = replace(self.engine, session_len=self.plan.session_len)  # which the model was built for
+        return plan_memory(sized, self.model_config, self.dtype, measure(self.device), weights=0,
+                           workspace=BASE_WORKSPACE + peak + graphs)  # fmt: skip
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

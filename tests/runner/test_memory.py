@@ -107,3 +107,9 @@ def test_weights_that_do_not_fit_are_refused():
 def test_the_step_budget_is_an_upper_limit():
     assert plan(max_step_tokens=100).max_step_tokens == 100
     assert plan(max_step_tokens=100_000).max_step_tokens == 512
+
+
+def test_a_measured_step_replaces_the_estimate():
+    room = Room(20 * GIB, 24 * GIB, on_cpu=False)
+    found = plan_memory(EngineConfig(), MODEL, torch.bfloat16, room, weights=0, workspace=3 * GIB)
+    assert found.workspace == 3 * GIB and found.cache <= 0.8 * 17 * GIB < found.cache + 2 * found.block
