@@ -27,7 +27,8 @@ class Block:
         id: of a call, as its result will name it; of other blocks an id of their own.
         name: of a called function.
         pieces: together the text, or the arguments of the call as JSON text.
-        complete: whether the arguments of a call are a whole JSON object.
+        complete: whether it came to its end. A call whose arguments are no whole JSON object did not, and neither did
+            what went on when the answer was cut off.
     """
 
     index: int
@@ -83,12 +84,16 @@ class Blocks:
                 self._call(steps, event)
         return steps
 
-    def finish(self) -> list[Step]:
-        """The answer is over. One that has nothing at all is an empty text, so that there is one to read."""
+    def finish(self, cut: bool) -> list[Step]:
+        """The answer is over. One that has nothing at all is an empty text, so that there is one to read.
+
+        Args:
+            cut: it was cut off.
+        """
         steps: list[Step] = []
         if not self.all:
             self._begin(steps, 'text')
-        self._end(steps)
+        self._end(steps, complete=not cut)
         return steps
 
     def _wanted(self, call: int) -> bool:
@@ -102,8 +107,7 @@ class Blocks:
         elif isinstance(event, CallArguments):
             self._grow(steps, event.text)
         elif self._open is not None:
-            self._open.complete = event.complete
-            self._end(steps)
+            self._end(steps, complete=event.complete)
 
     def _begin(self, steps: list[Step], kind: Kind, name: str = '') -> None:
         self._end(steps)
@@ -117,8 +121,9 @@ class Blocks:
             self._open.pieces.append(text)
             steps.append(Step('grow', self._open, text))
 
-    def _end(self, steps: list[Step]) -> None:
+    def _end(self, steps: list[Step], complete: bool = True) -> None:
         if self._open is not None:
+            self._open.complete = complete
             steps.append(Step('end', self._open))
             self._open = None
 
@@ -151,5 +156,5 @@ class BlockReader:
         steps = self.blocks.take(events)
         if output.finish_reason is not None:
             self.finish, self.stop_text = output.finish_reason, output.stop_text
-            steps += self.blocks.finish()
+            steps += self.blocks.finish(cut=output.finish_reason != 'stop')
         return steps

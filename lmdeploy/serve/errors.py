@@ -82,6 +82,7 @@ FAULTS: dict[str, Fault] = {
     'LMD-531': Fault(503, 'server_error', 'too_many_connections'),
     'LMD-532': Fault(429, 'rate_limit_error', 'too_many_connections'),
     'LMD-533': Fault(429, 'rate_limit_error', 'too_many_wrong_keys'),
+    'LMD-534': Fault(404, 'invalid_request_error', 'response_not_found'),
     'LMD-530': Fault(499, 'invalid_request_error', 'request_cancelled'),
     'LMD-560': Fault(401, 'invalid_request_error', 'invalid_node_key'),
     'LMD-561': Fault(400, 'invalid_request_error', 'invalid_node'),

@@ -49,6 +49,8 @@ class Limits:
     stall_seconds: int = _limit(30, 'seconds', 'without progress of a reader until its stream is given up')
     sessions: int = _limit(1024, 'conversations', 'remembered by /v1/chat/interactive; the oldest are forgotten')
     session_bytes: int = _limit(MIB, 'bytes', 'text of one remembered conversation')
+    responses: int = _limit(1024, 'answers', 'of one key, remembered by /v1/responses; the oldest are forgotten')
+    response_bytes: int = _limit(16 * MIB, 'bytes', 'all that /v1/responses remembers for one key')
     # the server as a whole
     queue: int = _limit(512, 'answers', 'waiting for the engine; more are turned away with 503', least=0)
     request_seconds: int = _limit(600, 'seconds', 'for a request to be answered (--request-timeout)')

@@ -31,14 +31,14 @@ class Turns:
             for call in message.get('tool_calls', ()):
                 self._functions[call['id']] = call['function']['name']
 
-    def say(self, role: str, text: str) -> None:
-        """Somebody says something."""
+    def say(self, role: str, text: str, *, between: str = '\n') -> None:
+        """Somebody says something; ``between`` stands between texts of one message."""
         last = self.messages[-1] if self.messages else None
         if role == 'assistant':
             message = self._assistant()
-            message['content'] = text if message['content'] is None else f'{message["content"]}\n{text}'
+            message['content'] = text if message['content'] is None else f'{message["content"]}{between}{text}'
         elif self._join_users and last is not None and last['role'] == role:
-            self.messages[-1] = {**last, 'content': f'{last["content"]}\n{text}'}
+            self.messages[-1] = {**last, 'content': f'{last["content"]}{between}{text}'}
         else:
             self.messages.append({'role': role, 'content': text})
 
@@ -72,12 +72,14 @@ class Turns:
         self.messages.append({'role': 'tool', 'tool_call_id': call_id, 'name': name, 'content': text})
 
     def answer(self, blocks: Iterable[Block]) -> None:
-        """What the model has answered."""
+        """What the model has answered. A message of its own that it was to continue goes on with the first text."""
+        between = '' if self.messages and self.messages[-1]['role'] == 'assistant' else '\n'
         for block in blocks:
             if block.kind == 'reasoning':
                 self.think(block.text)
             elif block.kind == 'text':
-                self.say('assistant', block.text)
+                self.say('assistant', block.text, between=between)
+                between = '\n'
             else:
                 self.call(block.id, block.name, block.text, 'output')
 

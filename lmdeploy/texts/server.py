@@ -137,4 +137,9 @@ TEXTS: dict[str, dict[str, str]] = {
               'key is answered at any time.',
         'zh': '此地址一分钟内发送了超过 {most} 个错误的 API 密钥。请检查密钥后再试;有效密钥随时可用。',
     },
+    'LMD-534': {
+        'en': 'no response of this key has the id {response_id!r}: it was not stored, was deleted, or was forgotten since '
+              'the server was started. Send the whole conversation as input.',
+        'zh': '此密钥没有 id 为 {response_id!r} 的响应:未曾存储、已被删除,或自服务器启动后已被遗忘。请把完整对话作为 input 发送。',
+    },
 }

@@ -14,6 +14,8 @@ from lmdeploy.serve.openai.embeddings import Embeddings
 from lmdeploy.serve.openai.generate import Generate
 from lmdeploy.serve.openai.interactive import Interactive
 from lmdeploy.serve.openai.models import Models
+from lmdeploy.serve.openai.responses import Responses
+from lmdeploy.serve.openai.responses_events import ResponseDeleted, ResponseObject
 from lmdeploy.serve.openai.tokenize import Detokenize, Encode, Tokenize
 from lmdeploy.serve.operations import Aborted, HealthInfo, Operations
 from lmdeploy.serve.page import Page
@@ -38,6 +40,13 @@ def add_inference(routes: Routes, context: ServerContext) -> None:
     routes.add('POST', '/v1/chat/completions', Chat(context), user, 'answer a conversation',
                answer=answers.ChatCompletion)
     routes.add('POST', '/v1/completions', Completions(context), user, 'continue texts', answer=answers.Completion)
+    responses = Responses(context)
+    routes.add('POST', '/v1/responses', responses.create, user, 'answer, and remember the answer',
+               answer=ResponseObject)
+    routes.add('GET', '/v1/responses/{response_id}', responses.get, user, 'an answer that is remembered',
+               answer=ResponseObject)
+    routes.add('DELETE', '/v1/responses/{response_id}', responses.delete, user, 'forget an answer',
+               answer=ResponseDeleted)
     routes.add('POST', '/v1/embeddings', Embeddings(context), user, 'texts as vectors', answer=answers.EmbeddingList)
     routes.add('POST', '/v1/encode', Encode(context), user, 'texts to tokens', answer=answers.Encoded)
     routes.add('POST', '/v1/chat/interactive', Interactive(context), user, 'a conversation that the server remembers',
