@@ -43,3 +43,24 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
         weights = scores.masked_fill_(hidden[:, None, None, :], -torch.inf).softmax(-1)
         out[first:last] = torch.einsum('tkgs,ksd->tkgd', weights, v).reshape(last - first, heads, dim).to(q.dtype)
     return out
+
+
+def attend_last(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, kv_lens: Tensor, scale: float,
+                window: int) -> Tensor:
+    """:func:`paged_attention` of one query per row, its last token, without a look at a number on the device.
+
+    Args:
+        q: ``[B, heads, D]``. tables: ``[B, max_blocks] int32``. kv_lens: ``[B] int32``.
+    """
+    rows, heads, dim = q.shape
+    kv_heads, block_size = k_pages.shape[1:3]
+    keys = tables.shape[1] * block_size
+    k, v = (pages[tables].transpose(1, 2).reshape(rows, kv_heads, keys, dim).float() for pages in (k_pages, v_pages))
+    queries = q.float().view(rows, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum('bkgd,bksd->bkgs', queries, k) * scale
+    key = torch.arange(keys, device=q.device)[None, :]
+    hidden = key >= kv_lens[:, None]
+    if window:
+        hidden = hidden | (key < kv_lens[:, None] - window)
+    weights = scores.masked_fill_(hidden[:, None, None, :], -torch.inf).softmax(-1)
+    return torch.einsum('bkgs,bksd->bkgd', weights, v).reshape(rows, heads, dim).to(q.dtype)
