@@ -23,8 +23,8 @@ class GenerationConfig:
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k most probable tokens; 0 is off.
         min_p: drop tokens less probable than this share of the most probable one, in [0, 1].
-        temperature: divides the logits, in [0, 2]; 0 is greedy.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen so far, in (0, 10].
+        temperature: divides the logits, in [0, 2]; 0, and all below 1e-5, is greedy.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen so far, in [0.001, 10].
         ignore_eos: never end before ``max_new_tokens``: end tokens are not sampled at all.
         random_seed: same seed, same answer, whatever else is in the batch; None draws one.
         stop_words: texts that end the answer, of any length; they are not part of it.

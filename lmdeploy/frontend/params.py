@@ -18,6 +18,9 @@ MAX_WORDS, MAX_WORD_LEN = 128, 1024
 MAX_IDS = 4096
 MAX_LOGPROBS = 1024
 SEEDS = 1 << 64
+# Logits are divided by both in single precision, where what is much smaller becomes 0 or makes them infinite.
+MIN_TEMPERATURE = 1e-5  # below it the best token has all of the mass: it is taken without drawing
+MIN_PENALTY = 1e-3
 DEFAULTS = GenerationConfig()
 UNSUPPORTED = ('migration_request', 'with_cache', 'preserve_cache', 'return_ppl', 'return_routed_experts',
                'repetition_ngram_size', 'repetition_ngram_threshold', 'logprob_start_len')
@@ -60,7 +63,7 @@ def check(gen: GenerationConfig, vocab_size: int) -> None:
     _real(gen, 'top_p', 0, 1, open_low=True)
     _real(gen, 'min_p', 0, 1)
     _real(gen, 'temperature', 0, 2)
-    _real(gen, 'repetition_penalty', 0, 10, open_low=True)
+    _real(gen, 'repetition_penalty', MIN_PENALTY, 10)
     _real(gen, 'presence_penalty', -2, 2)
     _real(gen, 'frequency_penalty', -2, 2)
     for name in ('stop_words', 'bad_words'):
@@ -111,7 +114,7 @@ def resolve(gen: GenerationConfig, tokenizer: Vocabulary, template_stops: Sequen
     processors = tuple(gen.logits_processors or ())
     if gen.bad_words:
         processors += (BadWords(gen.bad_words, tokenizer, prompt_len),)
-    greedy = not gen.do_sample or gen.temperature == 0 or gen.top_k == 1
+    greedy = not gen.do_sample or gen.temperature < MIN_TEMPERATURE or gen.top_k == 1
     seed = gen.random_seed if gen.random_seed is not None else secrets.randbits(63)
     params = SamplingParams(
         max_new_tokens=room if gen.max_new_tokens is None else gen.max_new_tokens,

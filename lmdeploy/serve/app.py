@@ -54,19 +54,19 @@ class App(FastAPI):
             answers = [route.answer for route in self.table if route.answer is not None]
             schemas.update(msgspec.json.schema_components(answers, ref_template=REFERENCE)[1])
             parts['securitySchemes'] = SCHEMES
-            self._name_models(found)
+            self._complete(found)
             self.openapi_schema = found
         return self.openapi_schema
 
-    def _name_models(self, found: dict[str, Any]) -> None:
-        """Say which values a body's ``model`` has; only the server knows them."""
-        if not self._models:
-            return
+    def _complete(self, found: dict[str, Any]) -> None:
+        """Say what the bodies' types leave open: the models that there are, and which answers may be streams."""
         for path in found['paths'].values():
             for operation in path.values():
-                body = operation.get('requestBody')
-                if body is not None:
-                    name = body['content']['application/json']['schema']['$ref'].rsplit('/', 1)[1]
-                    model = found['components']['schemas'][name]['properties'].get('model')
-                    if model is not None:
-                        model['enum'] = self._models
+                if 'requestBody' not in operation:
+                    continue
+                name = operation['requestBody']['content']['application/json']['schema']['$ref'].rsplit('/', 1)[1]
+                fields = found['components']['schemas'][name]['properties']
+                if 'model' in fields and self._models:
+                    fields['model']['enum'] = self._models
+                if 'stream' in fields:
+                    operation['responses']['200']['content']['text/event-stream'] = {}

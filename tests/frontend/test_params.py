@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,8 @@ BAD = [
     ('temperature', math.nan), ('temperature', math.inf), ('temperature', -0.1), ('temperature', 2.1),
     ('temperature', 'hot'), ('temperature', None), ('temperature', True), ('top_p', 0), ('top_p', 1.01),
     ('top_p', math.nan), ('top_k', -1), ('top_k', 1.5), ('top_k', VOCAB + 1), ('min_p', -0.5), ('min_p', 2),
-    ('repetition_penalty', 0), ('repetition_penalty', 11), ('repetition_penalty', math.nan), ('presence_penalty', 3),
+    ('repetition_penalty', 0), ('repetition_penalty', 11),
+    ('repetition_penalty', 1e-300), ('repetition_penalty', math.nan), ('presence_penalty', 3),
     ('frequency_penalty', -3), ('n', 0), ('n', 129), ('n', None), ('max_new_tokens', -1), ('max_new_tokens', 2.0),
     ('min_new_tokens', -1), ('random_seed', 'x'), ('logprobs', -1), ('logprobs', VOCAB + 1), ('stop_words', 'text'),
     ('stop_words', ['']), ('stop_words', ['x'] * 129), ('stop_words', [3]), ('bad_words', ['y' * 2000]),
@@ -59,7 +61,7 @@ def test_something_else_than_a_config_is_refused():
         check({'top_k': 3}, VOCAB)
 
 
-NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4))
+NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.floats(0, 1e-30), st.text(max_size=4))
 
 
 FIELDS = ['n', 'max_new_tokens', 'min_new_tokens', 'top_k', 'top_p', 'min_p', 'temperature', 'logprobs', 'random_seed',
@@ -76,7 +78,8 @@ def test_whatever_passes_the_check_resolves_to_finite_numbers(field, value):
     for params in resolve(config, Letters(), (), prompt_len=1, session_len=64)[0]:
         numbers = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
         assert all(math.isfinite(x) for x in numbers)
-        assert params.temperature > 0
+        for divisor in (params.temperature, params.repetition_penalty):
+            assert 1e-5 <= np.float32(divisor) < 11
         assert 0 <= params.seed < 2**64
 
 
@@ -87,7 +90,10 @@ def test_greedy_is_the_default_and_sampling_must_be_asked_for():
     (sampled,), _ = resolved(do_sample=True, temperature=0.6, top_k=40, top_p=0.8)
     assert not sampled.greedy
     assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.6, 40, 0.8)
-    assert resolved(do_sample=True, temperature=0.0)[0][0].greedy
+    for cold in (0.0, 5e-324, 4.8e-300, 1e-46, 1e-45, 9e-6):  # in single precision some of them are 0
+        (params,), _ = resolved(do_sample=True, temperature=cold)
+        assert params.greedy and params.temperature == 1.0
+    assert not resolved(do_sample=True, temperature=1e-5)[0][0].greedy
 
 
 def test_end_tokens_come_from_tokenizer_template_and_request_together():

@@ -135,7 +135,7 @@ class Sampling(Body):
     min_new_tokens: int | None = Field(None, ge=0)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    repetition_penalty: float | None = Field(1.0, ge=0.001, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
@@ -190,7 +190,7 @@ class GenerateRequest(Body):
     seed: int | None = Field(None, ge=-SEED, lt=2 * SEED)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    repetition_penalty: float | None = Field(1.0, ge=0.001, le=10)
     min_new_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
@@ -214,7 +214,7 @@ class InteractiveRequest(Body):
     top_k: int = Field(40, ge=0)
     temperature: float = Field(0.8, ge=0, le=2)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.001, le=10)
     ignore_eos: bool = False
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
