@@ -70,7 +70,7 @@ def parse(url: str) -> NodeAddress:
     def refuse(reason: str) -> HttpError:
         return HttpError('LMD-561', url=url[:MAX_URL], reason=reason, param='url')
 
-    if len(url) > MAX_URL or not url.isascii() or re.search(r'[\s\\\x00-\x20\x7f]', url):
+    if len(url) > MAX_URL or not url.isascii() or re.search(r'[\s\\%\x00-\x20\x7f]', url):
         raise refuse('it is too long, or has characters that no address has')
     try:
         parts = urlsplit(url)
