@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -190,6 +191,8 @@ def run(sock: socket.socket, build: Callable[[wire.Load, Callable[[str], None]],
         return EXIT_FAILED
     loaded.set()
     core = engine.core
+    gc.collect()
+    gc.freeze()  # nothing that is there now goes before the process does: collections need not look at it
     sock.sendall(wire.encode(wire.Ready(core.scheduler.capacity, engine.context_len,
                                         list(wire.stats_values(core.stats())))))
     alive = serve(core, sock, engine.intake, on_end=_leave_soon)

@@ -112,6 +112,8 @@ class ModelRunner:
         for name in ('model', 'kv', 'slots', 'sampler'):
             self.__dict__.pop(name, None)
         gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         return_freed_memory()
 
     @torch.inference_mode()
