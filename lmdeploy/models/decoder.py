@@ -28,7 +28,11 @@ from lmdeploy.weights.checkpoint import Prefix
 
 
 class DecoderLayer:
-    """Attention and MLP, each between a norm and the residual stream."""
+    """Attention and MLP, each between a norm and the residual stream.
+
+    What the MLP gives is added to the stream by the norm that follows it, which is the next layer's: one operation per
+    norm. ``mlp_post_norm``, where there is one, is left to it as well.
+    """
 
     def __init__(self, build: Build, spec: DecoderSpec, attention: Attention) -> None:
         config = spec.config
@@ -39,21 +43,19 @@ class DecoderLayer:
             return RMSNorm(build, config.hidden_size, config.rms_norm_eps, spec.norm_plus_one)
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.post_norms = (norm(), norm()) if spec.post_norms else None
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_post_norm = norm() if spec.post_norms else None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, tables: tuple[Tensor, Tensor], kv: KVLayer,
-                 batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``x`` is what the layer before adds to the stream ``residual`` (None: x is the stream)."""
+    def __call__(self, x: Tensor, residual: Tensor | None, post: RMSNorm | None, tables: tuple[Tensor, Tensor],
+                 kv: KVLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``x``, normalised by ``post``, is what the layer before adds to ``residual`` (None: x is the stream)."""
         if residual is None:
             x, residual = self.attention_norm(x), x
         else:
-            x, residual = self.attention_norm.add(x, residual)
+            x, residual = self.attention_norm.add(x, residual, post)
         x = self.attention(x, tables, kv, batch)
-        if self.post_norms is not None:
-            x = self.post_norms[0](x)
-        x, residual = self.mlp_norm.add(x, residual)
-        x = self.mlp(x)
-        return (x if self.post_norms is None else self.post_norms[1](x)), residual
+        x, residual = self.mlp_norm.add(x, residual, self.attention_post_norm)
+        return self.mlp(x), residual
 
     def load(self, prefix: Prefix, names: Names) -> None:
         attention, mlp = prefix.child(names.attention), prefix.child(names.mlp)
@@ -69,9 +71,9 @@ class DecoderLayer:
         self.mlp.down.load(mlp.child(names.down))
         self.attention_norm.load(prefix.child(names.attention_norm))
         self.mlp_norm.load(prefix.child(names.mlp_norm))
-        if self.post_norms is not None:
-            for norm, name in zip(self.post_norms, (names.attention_post_norm, names.mlp_post_norm)):
-                norm.load(prefix.child(name))
+        if self.attention_post_norm is not None and self.mlp_post_norm is not None:
+            self.attention_post_norm.load(prefix.child(names.attention_post_norm))
+            self.mlp_post_norm.load(prefix.child(names.mlp_post_norm))
 
 
 class Decoder:
@@ -134,11 +136,12 @@ class Decoder:
         """Write the step's keys and values into ``kv`` and return the hidden states ``[T, hidden]``, normalised."""
         self.prepare(batch, kv)
         tables = [rotary(batch.positions) for rotary in self.ropes]
-        x, residual = self.embedding(batch.token_ids), None
+        x, residual, post = self.embedding(batch.token_ids), None, None
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, tables[self.layer_ropes[i]], kv.layer(i), batch)
+            x, residual = layer(x, residual, post, tables[self.layer_ropes[i]], kv.layer(i), batch)
+            post = layer.mlp_post_norm
         assert residual is not None  # there is a layer
-        return self.norm.add(x, residual)[0]
+        return self.norm.add(x, residual, post)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
+from lmdeploy.ops.embedding import embed
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.scheme import dense_scheme
 from lmdeploy.weights.checkpoint import Prefix
@@ -26,8 +27,7 @@ class Embedding:
         self.weight = weight.to(self.build.device)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        x = F.embedding(token_ids, self.weight)
-        return x if self.scale == 1.0 else x * self.scale
+        return embed(token_ids, self.weight, self.scale)
 
 
 CANDIDATES = 64  # logits per row that are worth full precision
@@ -38,17 +38,17 @@ class LMHead(Linear):
 
     def __init__(self, build: Build, vocab_size: int, hidden_size: int) -> None:
         super().__init__(build, hidden_size, (vocab_size,))
-        self._table: Tensor | None = None  # the embedding's, where it is shared and of a 16-bit type
+        self._table: Tensor | None = None  # the embedding's, where it is shared and products with it are rounded
 
     def tie(self, embedding: Embedding) -> None:
         """Multiply with the embedding's table. A kernel that packs keeps a copy in its own layout."""
         weight = embedding.weight
         scheme = dense_scheme(weight.element_size() * 8)
         self.set(LinearBundle(scheme, embedding.vocab_size, embedding.hidden_size, weight=weight))
-        self._table = weight if weight.element_size() < 4 else None
+        self._table = weight if self._rounds else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = super().__call__(hidden).float()
+        logits = self.apply_float(hidden)
         return logits if self._table is None else sharpen(logits, hidden, self._table)
 
 

@@ -33,6 +33,7 @@ class Linear:
         self.bias, self.split = bias, split
         self.kernel: LinearKernel | None = None
         self._packed: Any = None
+        self._rounds = False  # what :meth:`apply_float` gives was rounded on its way
 
     def load(self, *prefixes: Prefix) -> None:
         """Pull the parts, in their order, from the checkpoint.
@@ -50,10 +51,16 @@ class Linear:
         self.kernel = choose_kernel(case)
         self._packed = self.kernel.pack(bundle, case)
         self._apply = self.kernel.apply
+        self._rounds = self.kernel.rounds(case)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._apply(x, self._packed)
         return self.build.group.all_reduce(y) if self.split is Split.IN else y
+
+    def apply_float(self, x: Tensor) -> Tensor:
+        """``[T, out] float32``, for a layer that is not split over its inputs."""
+        assert self.kernel is not None and self.split is not Split.IN
+        return self.kernel.apply_float(x, self._packed)
 
 
 def read_bundle(build: Build, prefix: Prefix, in_features: int, out_features: int, bias: bool) -> LinearBundle:

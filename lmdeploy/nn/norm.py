@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
-from lmdeploy.ops.norm import add_rms_norm, rms_norm
+from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
 from lmdeploy.weights.checkpoint import Prefix
 
 
@@ -27,6 +27,8 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """``(norm(x + residual), x + residual)``."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor, post: RMSNorm | None = None) -> tuple[Tensor, Tensor]:
+        """``(norm(s), s)`` of the sum ``s = x + residual``, in which ``post``, if given, normalises x first."""
+        if post is None:
+            return add_rms_norm(x, residual, self.weight, self.eps)
+        return norm_add_rms_norm(x, residual, post.weight, self.weight, self.eps)

@@ -81,6 +81,10 @@ class Op:
         _load(case.device)
         return next((c.run for c in self.candidates if not c.refuse(case)), self.reference)
 
+    def falls_back(self, case: OpCase) -> bool:
+        """Whether no implementation takes ``case``, so that the reference runs."""
+        return self.select(case) is self.reference
+
     def explain(self, case: OpCase) -> str:
         """One line per candidate: chosen, ready, or the reasons against it."""
         _load(case.device)

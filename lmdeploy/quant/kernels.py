@@ -16,7 +16,8 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.cpu import features
 from lmdeploy.ops.cpu import linear as cpu
-from lmdeploy.ops.linear import linear
+from lmdeploy.ops.linear import GATE_GROUP, gated_linear, interleave, linear, linear_float
+from lmdeploy.ops.table import OpCase
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.rows import join
 from lmdeploy.quant.scheme import QuantScheme
@@ -26,11 +27,12 @@ K = TypeVar('K', 'LinearKernel', 'GatedKernel')
 
 @dataclass(frozen=True, slots=True)
 class KernelCase:
-    """What a choice depends on; ``dtype`` is that of the activations."""
+    """What a choice depends on; ``dtype`` is that of the activations, ``out_features`` (0: any) those of one part."""
 
     scheme: QuantScheme
     dtype: torch.dtype
     device: torch.device
+    out_features: int = 0
 
 
 class LinearKernel(Protocol):
@@ -43,6 +45,14 @@ class LinearKernel(Protocol):
     def pack(self, bundle: LinearBundle, case: KernelCase) -> Any: ...
 
     def apply(self, x: Tensor, packed: Any) -> Tensor: ...
+
+    def apply_float(self, x: Tensor, packed: Any) -> Tensor:
+        """The product in float32, which logits are; see :attr:`rounds`."""
+        ...
+
+    def rounds(self, case: KernelCase) -> bool:
+        """Whether ``apply_float`` rounds to the type of the activations on its way."""
+        ...
 
 
 class PackedDense:
@@ -60,9 +70,15 @@ class PackedDense:
     def apply(self, x: Tensor, packed: cpu.PackedWeight) -> Tensor:
         return cpu.packed_linear(x, packed)
 
+    def apply_float(self, x: Tensor, packed: cpu.PackedWeight) -> Tensor:
+        return cpu.packed_linear(x, packed).float()
+
+    def rounds(self, case: KernelCase) -> bool:
+        return case.dtype.itemsize < 4
+
 
 class Dense:
-    """torch's own product, on any device."""
+    """The op table's product, on any device: torch's own, and one for few rows on a GPU."""
 
     name = 'torch'
 
@@ -74,6 +90,12 @@ class Dense:
 
     def apply(self, x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
         return linear(x, *packed)
+
+    def apply_float(self, x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+        return linear_float(x, *packed)
+
+    def rounds(self, case: KernelCase) -> bool:
+        return case.dtype.itemsize < 4 and linear_float.falls_back(OpCase(case.device.type, case.dtype))
 
 
 class GatedKernel(Protocol):
@@ -103,6 +125,33 @@ class PackedGated:
         return cpu.packed_gated(x, *packed, activation)
 
 
+class Interleaved:
+    """One product with the rows of gate and up interleaved, and the activation in its epilogue where rows are few."""
+
+    name = 'interleaved'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        reasons = []
+        if not case.scheme.dense:
+            reasons.append('needs a dense weight')
+        if gated_linear.falls_back(OpCase(case.device.type, case.dtype)):
+            reasons.append(f'no kernel for {case.dtype} on {case.device.type}')
+        if case.out_features % GATE_GROUP:
+            reasons.append(f'needs a multiple of {GATE_GROUP} channels')
+        return reasons
+
+    def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:
+        (gate_weight, gate_bias), (up_weight, up_bias) = _dense(gate, case), _dense(up, case)
+        weight = interleave(gate_weight, up_weight)
+        if gate_bias is None and up_bias is None:
+            return weight, None
+        nothing = weight.new_zeros(gate.out_features)
+        return weight, interleave(*(nothing if bias is None else bias for bias in (gate_bias, up_bias)))
+
+    def apply(self, x: Tensor, packed: tuple[Tensor, Tensor | None], activation: str) -> Tensor:
+        return gated_linear(x, *packed, activation)
+
+
 class Merged:
     """Gate and up as one layer of whatever kernel suits them, then the activation as an op."""
 
@@ -121,7 +170,7 @@ class Merged:
 
 
 LINEAR: list[LinearKernel] = [PackedDense(), Dense()]
-GATED: list[GatedKernel] = [PackedGated(), Merged()]
+GATED: list[GatedKernel] = [PackedGated(), Interleaved(), Merged()]
 
 
 def choose_kernel(case: KernelCase) -> LinearKernel:

@@ -10,18 +10,31 @@ the weight: the memory stays busy while the kernel before drains and whatever sm
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lmdeploy.ops.triton.activation import gated
-from lmdeploy.ops.triton.launch import Workspace, gdc_launch_dependents, gdc_wait, prefetch_l2
+from lmdeploy.ops.linear import GATE_GROUP, gated_linear, linear, linear_float
+from lmdeploy.ops.table import OpCase
+from lmdeploy.ops.triton.activation import gate_mul, gated
+from lmdeploy.ops.triton.launch import (
+    Workspace,
+    gdc_launch_dependents,
+    gdc_wait,
+    multiprocessors,
+    prefetch_l2,
+    supports_pdl,
+)
 
-GATE_GROUP = 8  # gated weights: 8 rows of the gate, then 8 of up, and so on
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,7 @@ class GemmConfig:
     tma: bool = False
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['M'])
 def _gemm_kernel(
     x, w, w_map, bias, y, parts, arrived, M, N, K, x_stride, y_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, GATE: tl.constexpr,
@@ -136,16 +149,17 @@ def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfi
     """``x @ weight.T + bias`` for few rows, and the gated activation where ``gate`` names one.
 
     Args:
-        x: ``[M, K]`` of a 16-bit type, M <= 64. weight: ``[N, K]``, contiguous; interleaved by GATE_GROUP where gated.
+        x: ``[M, K]`` of a 16-bit type, M <= MOST_ROWS, K a multiple of 8, rows of consecutive elements.
+        weight: ``[N, K]``, contiguous; interleaved where gated.
+        out: ``[M, N]``, or ``[M, N / 2]`` where gated, of x's type or float32.
 
     Returns:
-        ``[M, N]``, or ``[M, N / 2]`` where gated.
+        ``out``, or a new tensor of x's type.
     """
     m, k = x.shape
     n = weight.shape[0]
-    width = n // 2 if gate else n
-    y = torch.empty(m, width, dtype=x.dtype, device=x.device) if out is None else out
-    bm = max(16, triton.next_power_of_2(m))
+    y = torch.empty(m, n // 2 if gate else n, dtype=x.dtype, device=x.device) if out is None else out
+    bm = _columns(m)
     tiles = triton.cdiv(n, config.block_n)
     parts = arrived = None
     if config.split > 1:
@@ -160,3 +174,70 @@ def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfi
         STAGES=config.stages, TMA=config.tma, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     return y
+
+
+def _columns(rows: int) -> int:
+    """Columns of the matrix instruction for so many rows of x."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+@lru_cache
+def _tuned() -> dict[str, GemmConfig | None]:
+    """The measured configurations by shape, ``'NxK/columns'``; None: cuBLAS was faster."""
+    text = (Path(__file__).parents[1] / 'tuned' / 'gemm_sm90.json').read_text(encoding='utf-8')
+    return {shape: None if values is None else GemmConfig(*values) for shape, values in json.loads(text).items()}
+
+
+@lru_cache
+def choose(device: torch.device, n: int, k: int, rows: int) -> GemmConfig | None:
+    """How ``[rows, k] @ [k, n]`` is multiplied on ``device``; None: by cuBLAS."""
+    if rows > MOST_ROWS or k % 8 or not supports_pdl(device):
+        return None
+    columns = _columns(rows)
+    shape = f'{n}x{k}/{columns}'
+    tuned = _tuned()
+    return tuned[shape] if shape in tuned else default(n, k, columns, multiprocessors(device))
+
+
+def default(n: int, k: int, columns: int, processors: int) -> GemmConfig:
+    """A configuration for a shape that was not measured: what was best for most that were."""
+    block_n = 64 if n < 16384 else 128
+    tiles = triton.cdiv(n, block_n)
+    split = 1
+    while split < 8 and tiles * split < 2 * processors and k >= 512 * split:
+        split *= 2
+    return GemmConfig(block_n, 128 if columns < 64 else 64, split, block_n // 16 if block_n > 64 else 4, 4)
+
+
+def _refuse(case: OpCase) -> list[str]:
+    return [] if case.dtype in (torch.bfloat16, torch.float16) else ['needs a 16-bit type']
+
+
+def _config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    if x.ndim != 2 or not len(x) or x.stride(1) != 1 or not weight.is_contiguous():
+        return None
+    return choose(x.device, weight.shape[0], weight.shape[1], len(x))
+
+
+@linear.impl('cuda', when=_refuse)
+def triton_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    config = _config(x, weight)
+    return F.linear(x, weight, bias) if config is None else small_gemm(x, weight, bias, config)
+
+
+@linear_float.impl('cuda', when=_refuse)
+def triton_linear_float(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    config = _config(x, weight)
+    if config is not None:
+        out = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+        return small_gemm(x, weight, bias, config, out=out)
+    product = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
+    return product if bias is None else product.add_(bias)
+
+
+@gated_linear.impl('cuda', when=_refuse)
+def triton_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    config = _config(x, weight)
+    if config is None:
+        return gate_mul(F.linear(x, weight, bias), activation, GATE_GROUP)
+    return small_gemm(x, weight, bias, config, activation)

@@ -65,7 +65,7 @@ def _ranks(x, ids):
     return ((key + 0x80000000) << 31) | (0x7FFFFFFF - ids).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _best_kernel(
     logits, slots, positions, temperature, top_k, top_p, min_p, repetition, presence, frequency, has_penalty,
     prompt_len, seed, change_ids, change_values, change_until, seen, last_token, tokens, status,
@@ -152,7 +152,7 @@ def _note(at):
     tl.store(at, tl.where(old < _MOST_SEEN, old + _GENERATED, old).to(tl.int16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _mass_kernel(
     logits, slots, temperature, state, top, masses, counts, vocab, tiles, tiles_each, programs,
     MODE: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
@@ -180,7 +180,7 @@ def _mass_kernel(
             tl.atomic_add(counts + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem='relaxed')
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _gather_kernel(
     logits, slots, temperature, top_k, top_p, min_p, state, top, masses, counts, found, ranked, deepest, vocab, tiles,
     tiles_each, programs,
@@ -231,17 +231,7 @@ def _gather_kernel(
                     tl.store(ranked + row * MOST + place, _ranks(x, at), mask=taken > 0)
 
 
-class _Scratch:
-    """What the kernels of one call pass to each other. ``best`` and ``arrived`` are zero between calls."""
-
-    def __init__(self) -> None:
-        self.best, self.arrived = Workspace(torch.int64), Workspace(torch.int32)
-
-    def zeros(self, device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
-        return self.best.get(device, rows), self.arrived.get(device, rows)
-
-
-_SCRATCH = _Scratch()
+_BEST, _ARRIVED = Workspace(torch.int64), Workspace(torch.int32)
 
 
 @sample_slots.impl('cuda')
@@ -280,8 +270,12 @@ def triton_draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
 def _tables(nothing: Tensor, temperature: Tensor | None = None, top_k: Tensor | None = None,
             top_p: Tensor | None = None, min_p: Tensor | None = None) -> SamplingTables:  # fmt: skip
     """Tables by row, with ``nothing`` where a mode does not look."""
-    given = [nothing if t is None else t for t in (temperature, top_k, top_p, min_p)]
-    return SamplingTables(nothing, *given, *[nothing] * 9, nothing[:, None][:, :0])
+    temperature, top_k, top_p, min_p = (nothing if t is None else t for t in (temperature, top_k, top_p, min_p))
+    return SamplingTables(
+        last_token=nothing, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition=nothing,
+        presence=nothing, frequency=nothing, has_penalty=nothing, prompt_len=nothing, seed=nothing, change_ids=nothing,
+        change_values=nothing, change_until=nothing, seen=nothing[:, None][:, :0],
+    )  # fmt: skip
 
 
 def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTables, mode: int, tokens: Tensor,
@@ -294,7 +288,7 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     tiles = triton.cdiv(vocab, tile)
     each = triton.cdiv(tiles, max(1, min(tiles, triton.cdiv(4 * multiprocessors(device), rows))))
     programs = triton.cdiv(tiles, each)
-    best, arrived = _SCRATCH.zeros(device, rows)
+    best, arrived = _BEST.get(device, rows), _ARRIVED.get(device, rows)
     state = top = counts = found = None
     if mode != PLAIN:
         state, found, deepest = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
