@@ -20,7 +20,7 @@ EXECUTABLE = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser'
 FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
          '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage',
          '--remote-debugging-port=0', '--remote-allow-origins=*', '--lang=en')
-SECONDS = 60.0  # a busy machine
+SECONDS = 30.0  # a busy machine
 KEYS = {'Enter': (13, '\r'), 'Escape': (27, ''), 'Tab': (9, ''), 'ArrowRight': (39, ''), 'ArrowLeft': (37, '')}
 
 
@@ -70,15 +70,14 @@ class Page:
         assert 'exceptionDetails' not in result, (expression, result['exceptionDetails'])
         return result['result'].get('value')
 
-    def wait(self, condition: str):
-        """Wait for an expression to be true; returns its value."""
+    def wait(self, condition: str) -> None:
+        """Wait for an expression to be true."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            value = self.js(condition)
-            if value:
-                return value
+            if self.js(f'Boolean({condition})'):
+                return
             time.sleep(0.05)
-        raise AssertionError(f'{condition} stays {value!r}; the page shows: {self.js("document.body.innerText")}')
+        raise AssertionError(f'{condition} stays false; the page shows: {self.js("document.body.innerText")}')
 
     def text(self, selector: str) -> str:
         """What is shown of the first element."""
@@ -115,6 +114,7 @@ class Page:
     def size(self, width: int, height: int, *, scale: float = 1, mobile: bool = False) -> None:
         self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=scale,
                   mobile=mobile)
+        self.send('Emulation.setTouchEmulationEnabled', enabled=mobile)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.send('Page.captureScreenshot', format='png')['data']))

@@ -30,6 +30,7 @@ function blocks(text) {
   return found;
 }
 
+const DOUBT = [-0.7, -1.6, -3, -Infinity]; // log-probabilities: one in two, five, twenty
 const EMPHASIS = /(`+)([^`\n]+)\1(?!`)|\*\*([^*\n]+)\*\*/g;
 
 /** The runs of a line of text: [element or null, from, to]; the marks themselves are left out. */
@@ -50,10 +51,7 @@ export class AnswerView {
   constructor() {
     this.content = '';
     this.reasoning = '';
-    this.tokens = []; // {text, start, end, logprob, top}; start and end in the raw text
-    this.raw = ''; // all tokens' text: reasoning, marks and content
-    this.shift = 0; // where the content begins in the raw text
-    this.decoder = new TextDecoder();
+    this.tokens = []; // {text, start, end, logprob, top}: start..end is its place in the content
     this.shown = [];
     this.text = make('div', { class: 'text waiting' });
     this.figures = make('div', { class: 'figures' });
@@ -67,12 +65,17 @@ export class AnswerView {
     this.text.addEventListener('keydown', (event) => this.walk(event));
   }
 
-  addTokens(entries) {
-    for (const { token, bytes, logprob, top_logprobs: top } of entries) {
-      const start = this.raw.length;
-      this.raw += this.decoder.decode(new Uint8Array(bytes ?? new TextEncoder().encode(token)), { stream: true });
-      this.tokens.push({ text: token, start, end: this.raw.length, logprob, top });
-    }
+  /** A piece of the answer, and the tokens that it is made of. */
+  add(text, entries) {
+    let start = this.content.length;
+    this.content += text;
+    const decoder = new TextDecoder();
+    let pieces = entries.map(({ bytes }) => decoder.decode(new Uint8Array(bytes ?? []), { stream: true }));
+    if (pieces.join('') !== text) pieces = entries.map((_, i) => (i === entries.length - 1 ? text : ''));
+    entries.forEach(({ token, logprob, top_logprobs: top }, i) => {
+      this.tokens.push({ text: token, start, end: start + pieces[i].length, logprob, top });
+      start += pieces[i].length;
+    });
   }
 
   think(text) {
@@ -93,57 +96,60 @@ export class AnswerView {
   }
 
   render() {
-    if (!this.raw.startsWith(this.content, this.shift)) this.shift = Math.max(0, this.raw.lastIndexOf(this.content));
-    const aligned = this.tokens.length > 0 && this.raw.startsWith(this.content, this.shift);
     const found = blocks(this.content);
     found.forEach((block, i) => {
-      const key = `${block.kind} ${block.start} ${block.end} ${aligned}`;
+      const key = `${block.kind} ${block.start} ${block.end}`;
       if (this.shown[i]?.key === key) return;
-      const node = block.kind === 'code' ? this.codeBlock(block, aligned) : this.lines(block, aligned);
+      const node = block.kind === 'code' ? this.codeBlock(block) : this.lines(block);
       if (this.shown[i]) this.shown[i].node.replaceWith(node);
       else this.text.append(node);
       this.shown[i] = { key, node };
     });
     for (const { node } of this.shown.splice(found.length)) node.remove();
     this.text.classList.toggle('waiting', !found.length && this.node.classList.contains('busy'));
-    if (aligned && found.length) this.text.tabIndex = 0;
+    if (this.tokens.length && found.length) this.text.tabIndex = 0;
   }
 
-  lines({ kind, from, to }, aligned) {
+  lines({ kind, from, to }) {
     const node = make(kind === 'h' ? 'h3' : 'p');
     for (const [tag, start, end] of runs(this.content, from, to)) {
-      const pieces = this.pieces(start, end, aligned);
+      const pieces = this.pieces(start, end);
       if (tag) node.append(make(tag, {}, ...pieces));
       else node.append(...pieces);
     }
     return node;
   }
 
-  codeBlock({ from, to, name }, aligned) {
+  codeBlock({ from, to, name }) {
     const onclick = () => copyText(this.content.slice(from, to), copy);
     const copy = word('button', 'copy', { type: 'button', class: 'small', onclick });
     return make('div', { class: 'block' },
       make('div', { class: 'title' }, make('span', {}, name ?? ''), copy),
-      make('pre', { tabindex: '0' }, make('code', {}, ...this.pieces(from, to, aligned))));
+      make('pre', { tabindex: '0' }, make('code', {}, ...this.pieces(from, to))));
   }
 
-  /** The text from..to of the content, token by token where their places are known. */
-  pieces(from, to, aligned) {
-    if (!aligned || from >= to) return [this.content.slice(from, to)];
+  /** The text from..to of the content, token by token where it is known. */
+  pieces(from, to) {
     let low = 0;
     for (let high = this.tokens.length; low < high;) { // the first token that ends behind from
       const middle = (low + high) >> 1;
-      if (this.tokens[middle].end - this.shift > from) high = middle;
+      if (this.tokens[middle].end > from) high = middle;
       else low = middle + 1;
     }
     const found = [];
-    for (let at = from; at < to; low += 1) {
+    for (let at = from; at < to;) {
       const token = this.tokens[low];
-      const end = Math.min(to, token.end - this.shift);
-      if (end <= at) continue;
-      const doubt = token.logprob > -0.7 ? '' : token.logprob > -1.6 ? ' d1' : token.logprob > -3 ? ' d2' : ' d3';
-      found.push(make('span', { class: `t${doubt}`, 'data-i': low }, this.content.slice(at, end)));
-      at = end;
+      if (!token || token.start > at) { // text that came without a token
+        const end = Math.min(to, token?.start ?? to);
+        found.push(this.content.slice(at, end));
+        at = end;
+        continue;
+      }
+      const end = Math.min(to, token.end);
+      const doubt = DOUBT.findIndex((least) => token.logprob > least);
+      if (end > at) found.push(make('span', { class: `t d${doubt}`, 'data-i': low }, this.content.slice(at, end)));
+      at = Math.max(at, end);
+      low += 1;
     }
     return found;
   }

@@ -5,10 +5,10 @@
 
 import { AnswerView } from './answer.js';
 import { $, copyText, make, speaks, store, t, word } from './page.js';
+import { curl, openaiPython } from './snippets.js';
 
 const DEFAULTS = { temperature: 0.7, top_p: 1, max_tokens: '', seed: '', logprobs: true, heat: false };
 const ALTERNATIVES = 5; // shown per token
-const KEY_PLACE = 'YOUR_API_KEY';
 
 const settings = { ...DEFAULTS, ...store('localStorage', 'settings') };
 const state = {
@@ -233,11 +233,10 @@ async function answer() {
       const { content, reasoning_content: reasoning } = choice.delta;
       const entries = choice.logprobs?.content ?? [];
       if (content || reasoning || entries.length) clock.tick(entries.length || 1);
-      view.addTokens(entries);
       if (reasoning) view.think(reasoning);
       if (content) {
         view.thoughtFor(clock.seconds);
-        view.content += content;
+        view.add(content, entries);
       }
       if (choice.finish_reason === 'length') clock.note = 'length';
       if (choice.finish_reason === 'abort') clock.note = 'aborted';
@@ -327,41 +326,19 @@ function grow() {
 
 // ---- as code --------------------------------------------------------------------------------------------------------
 
-const shell = (text) => `'${text.replace(/'/g, `'\\''`)}'`;
-const indent = (value) => JSON.stringify(value, null, 2);
-
-/** A JSON value as Python: its strings are Python's too, its words are not. */
-function python(value, margin = '') {
-  if (value === true) return 'True';
-  if (value === false) return 'False';
-  const inner = `${margin}    `;
-  if (Array.isArray(value)) return `[\n${value.map((one) => `${inner}${python(one, inner)},\n`).join('')}${margin}]`;
-  if (typeof value === 'object') {
-    const pairs = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${python(one, margin)}`);
-    return `{${pairs.join(', ')}}`;
-  }
-  return JSON.stringify(value);
-}
-
-function code(kind) {
+/** The request that the next answer would come from, or if nothing is typed, the one that the last answer came from. */
+function currentRequest() {
   const pending = $('question').value.trim();
   const turns = state.turns.filter(({ role, content }) => role === 'user' || content);
   if (pending) turns.push({ role: 'user', content: pending });
-  else if (turns[turns.length - 1]?.role === 'assistant') turns.pop(); // the request that it answered
-  const body = request(turns);
-  const base = new URL('v1', document.baseURI).href;
-  if (kind === 'curl') {
-    return `curl -N ${shell(`${base}/chat/completions`)} \\\n  -H 'Content-Type: application/json' \\\n`
-      + `${state.key ? `  -H 'Authorization: Bearer ${KEY_PLACE}' \\\n` : ''}  -d ${shell(indent(body))}`;
-  }
-  const fields = Object.entries(body).map(([name, value]) => `    ${name}=${python(value, '    ')},\n`).join('');
-  return `from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(base)}, api_key="${KEY_PLACE}")\n`
-    + `stream = client.chat.completions.create(\n${fields})\nfor chunk in stream:\n    if chunk.choices:\n`
-    + `        print(chunk.choices[0].delta.content or "", end="", flush=True)\nprint()\n`;
+  else if (turns[turns.length - 1]?.role === 'assistant') turns.pop();
+  return request(turns);
 }
 
 function showCode() {
-  $('code').textContent = code(document.querySelector('[name=kind]:checked').value);
+  const base = new URL('v1', document.baseURI).href;
+  const inPython = document.querySelector('[name=kind]:checked').value === 'python';
+  $('code').textContent = inPython ? openaiPython(base, currentRequest()) : curl(base, currentRequest(), state.key !== '');
 }
 
 // ---- language, colours, settings --------------------------------------------------------------------------------------

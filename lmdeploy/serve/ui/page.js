@@ -1,6 +1,6 @@
 // What all parts of the page share: its texts in two languages, the making of nodes, storage, the clipboard.
 
-const TEXTS = {
+export const TEXTS = {
   en: {
     name: 'English', skip: 'Skip to the question', model: 'Model', tools: 'Tools', new: 'New conversation',
     code: 'As code',
