@@ -68,7 +68,7 @@ class EdgeContext(Protocol):
 
 
 class Edge:
-    """The middleware. :func:`lmdeploy.serve.app.build_app` puts it around an application."""
+    """The middleware. :class:`lmdeploy.serve.app.App` puts it around its routes."""
 
     def __init__(self, app: ASGIApp, context: EdgeContext, routes: Routes) -> None:
         self.app, self.context, self.routes = app, context, routes

@@ -1,5 +1,5 @@
 """Every operation of our own OpenAPI description, with bodies that fit it and bodies that do not, over TCP and into a
-real engine: no answer of class 5xx, none that takes long, none that tells of our insides; and the engine is as before."""
+real engine: no answer of class 5xx, none that takes long, none that tells of our insides; the engine is as before."""
 
 from __future__ import annotations
 
