@@ -79,3 +79,15 @@ def events(text: str) -> list[object]:
         assert block.startswith('data: ') and '\n' not in block, block
         found.append(block[6:] if block == 'data: [DONE]' else json.loads(block[6:]))
     return found
+
+
+def named_events(text: str) -> list[dict]:
+    """The data of a stream whose events have names: each says its name again as its type."""
+    assert text.endswith('\n\n') or not text, text[-100:]
+    found = []
+    for block in text.split('\n\n')[:-1]:
+        name, data = block.split('\n')
+        assert name.startswith('event: ') and data.startswith('data: '), block
+        found.append(json.loads(data[6:]))
+        assert found[-1]['type'] == name[7:]
+    return found

@@ -36,9 +36,11 @@ CASES = {  # entry: (its value in the test, route, body at the limit, body beyon
 }
 ELSEWHERE = {  # entries with tests of their own, in the modules named
     'body_bytes': 'test_edge', 'header_bytes': 'test_edge', 'header_count': 'test_edge', 'json_depth': 'test_edge',
+    'json_values': 'test_bodies', 'json_numbers': 'test_bodies', 'json_keys': 'test_bodies',
     'body_seconds': 'test_edge', 'body_idle_seconds': 'test_edge',
     'stream_bytes': 'test_streams', 'stall_seconds': 'test_streams',
     'sessions': 'test_interactive', 'session_bytes': 'test_interactive',
+    'responses': 'test_responses', 'response_bytes': 'test_responses',
     'queue': 'test_admission', 'request_seconds': 'test_admission', 'key_requests': 'test_admission',
     'key_requests_per_minute': 'test_admission', 'key_tokens_per_minute': 'test_admission',
     'connections': 'test_live', 'address_connections': 'test_live', 'bad_keys_per_minute': 'test_edge',
