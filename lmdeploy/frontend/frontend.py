@@ -153,7 +153,7 @@ class AsyncFrontend:
         if prompt.text is not None:
             chars = len(prompt.text)
         else:
-            chars = sum(_chars(message.get('content')) for message in prompt.messages or ())
+            chars = sum(map(_chars, prompt.messages or ()))
         if chars > MAX_CHARS_PER_TOKEN * self.capacity.session_len:
             raise RequestError('LMD-307', chars=chars, session_len=self.capacity.session_len)
 
@@ -286,12 +286,18 @@ class AsyncFrontend:
             yield RequestOutput('', [], prompt_len, generated, choice, 'error', error=error, cached_tokens=cached)
 
 
-def _chars(content: Any) -> int:
-    """Characters of a message's content, which may yet turn out to be no valid one."""
-    if isinstance(content, str):
-        return len(content)
-    texts = (part.get('text') for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _chars(message: Any) -> int:
+    """Characters of all texts in a message, which may yet turn out to be no valid one."""
+    found, parts = 0, [message]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            found += len(part)
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return found
 
 
 @dataclass(slots=True)

@@ -27,6 +27,9 @@ class Limits:
     header_bytes: int = _limit(64 << 10, 'bytes', 'all header fields together')
     header_count: int = _limit(100, 'fields', 'header fields')
     json_depth: int = _limit(64, 'levels', 'nesting of a JSON body')
+    json_values: int = _limit(1 << 16, 'values', 'of a JSON body that are no numbers')
+    json_numbers: int = _limit(1 << 20, 'numbers', 'of a JSON body')
+    json_keys: int = _limit(4096, 'keys', 'of one object of a JSON body')
     body_seconds: int = _limit(60, 'seconds', 'until a body has arrived as a whole')
     body_idle_seconds: int = _limit(15, 'seconds', 'between two pieces of a body')
     # a request's fields

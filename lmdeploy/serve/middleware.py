@@ -117,7 +117,7 @@ def parse_json(body: bytes, limits: Limits) -> Any:
 
     Raises:
         HttpError: LMD-511: not UTF-8, not JSON (NaN and Infinity are not), a number beyond 64 bits or beyond a double,
-            nested too deep, or with half of a surrogate pair.
+            nested too deep, or with half of a surrogate pair; or of more values than the limits allow.
     """
     try:
         value = msgspec.json.decode(body)
@@ -127,23 +127,38 @@ def parse_json(body: bytes, limits: Limits) -> Any:
         raise HttpError('LMD-511', reason=f'byte {error.start} is not UTF-8') from None
     except msgspec.DecodeError as error:
         raise HttpError('LMD-511', reason=str(error)[:200]) from None
-    _check_values(value, limits.json_depth)
+    _check_values(value, limits)
     return value
 
 
-def _check_values(value: Any, depth: int) -> None:
-    """Depth of nesting and size of integers, without recursion."""
+def _check_values(value: Any, limits: Limits) -> None:
+    """Depth of nesting, number of values and size of integers, without recursion: what reads the value next takes much
+    longer for each of them than its bytes suggest."""
     level: list[Any] = [value]
-    for below in range(depth + 1):
+    values = numbers = 0
+    for depth in range(limits.json_depth + 1):
         inner: list[Any] = []
         for item in level:
             kind = type(item)
-            if kind is dict or kind is list:
-                if below == depth:
+            if kind is int or kind is float:
+                numbers += 1
+                if kind is int and not LEAST_INT <= item <= MOST_INT:
+                    raise HttpError('LMD-511', reason='a number has more than 64 bits')
+            elif kind is dict or kind is list:
+                if depth == limits.json_depth:
                     raise HttpError('LMD-511', reason=f'it is nested more than {depth} levels deep')
+                if kind is dict and len(item) > limits.json_keys:
+                    raise HttpError('LMD-511', reason=f'an object has more than {limits.json_keys} keys')
                 inner += item.values() if kind is dict else item
-            elif kind is int and not LEAST_INT <= item <= MOST_INT:
-                raise HttpError('LMD-511', reason='a number has more than 64 bits')
+                values += 1
+                if values + numbers + len(inner) > limits.json_values + limits.json_numbers:
+                    break  # one of the two is exceeded, whichever comes first
+            else:
+                values += 1
+        if values > limits.json_values:
+            raise HttpError('LMD-511', reason=f'it has more than {limits.json_values} values that are no numbers')
+        if numbers > limits.json_numbers or values + numbers + len(inner) > limits.json_values + limits.json_numbers:
+            raise HttpError('LMD-511', reason=f'it has more than {limits.json_numbers} numbers')
         if not inner:
             return
         level = inner

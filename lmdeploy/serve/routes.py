@@ -6,9 +6,11 @@ FastAPI routes to the handlers, gives them their arguments and describes them; h
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,9 @@ from lmdeploy.serve.openai.protocol import Body, read
 
 Handler = Callable[..., Awaitable[Response]]
 REFERENCE = '#/components/schemas/{name}'
+LARGE_BODY = 64 << 10
+"""Bytes; larger ones are read beside the event loop, one at a time."""
+_readers = ThreadPoolExecutor(1, thread_name_prefix='lmdeploy-bodies')
 SECURITY: list[dict[str, list[str]]] = [{'bearer': []}, {'key': []}]
 
 
@@ -118,7 +123,7 @@ class StrictRoute(APIRoute):
             request: OurRequest = plain.scope[REQUEST]
             request.scope = plain.scope
             if kind is not None:
-                request.value, request.unknown_fields = read(kind, parse_json(request.content, request.limits))
+                request.value, request.unknown_fields = await _read(kind, request)
             try:
                 return await handler(request)
             except RequestValidationError as error:  # of the path: the body is past that
@@ -126,3 +131,13 @@ class StrictRoute(APIRoute):
                 raise HttpError('LMD-512', param=str(problem['loc'][-1]), reason=problem['msg']) from None
 
         return handle
+
+
+async def _read(kind: type[Body], request: OurRequest) -> tuple[Body, int]:
+    """The body as ``kind``, and how many of its fields were unknown."""
+    def parse() -> tuple[Body, int]:
+        return read(kind, parse_json(request.content, request.limits))
+
+    if len(request.content) <= LARGE_BODY:
+        return parse()
+    return await asyncio.get_running_loop().run_in_executor(_readers, parse)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Probability, Refusals
+from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Many, Probability, Refusals
 
 TOOL_REFUSED = {'defer_loading': (None, False), 'allowed_callers': (None, [], ['direct']), 'input_examples': (None, [])}
 """Fields of a tool, and the values that ask for nothing."""
@@ -76,7 +76,7 @@ class ToolResultBlock(Body):
 
     type: Literal['tool_result']
     tool_use_id: str = Field(min_length=1, max_length=256)
-    content: str | list[ResultPart] | None = None
+    content: str | Many[ResultPart] | None = None
     is_error: bool | None = False
 
 
@@ -98,7 +98,7 @@ class MessageParam(Body):
     """One turn. Neighbours of one role are one turn; a last one of the assistant is continued."""
 
     role: Literal['user', 'assistant', 'system']
-    content: str | list[Block]
+    content: str | Many[Block]
 
 
 class ToolParam(Body):
@@ -150,9 +150,9 @@ class CountTokensRequest(Body):
     no_effect = NO_EFFECT
 
     model: str
-    messages: list[MessageParam]
-    system: str | list[TextBlock] | None = None
-    tools: list[ToolParam] | None = None
+    messages: Many[MessageParam]
+    system: str | Many[TextBlock] | None = None
+    tools: Many[ToolParam] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -165,6 +165,6 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(0.7, ge=0, le=2)
     top_p: Probability | None = 1.0
     top_k: int | None = Field(40, ge=0, description='0 is off')
-    stop_sequences: list[str] | None = None
+    stop_sequences: Many[str] | None = None
     stream: bool | None = False
     metadata: Metadata | None = None

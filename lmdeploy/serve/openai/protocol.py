@@ -16,6 +16,9 @@ from lmdeploy.log import get_logger
 from lmdeploy.serve.errors import HttpError
 
 SEED = 1 << 63
+Item = TypeVar('Item')
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is left at its first wrong entry: an error for each of a million would take a minute."""
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
@@ -76,9 +79,9 @@ class Message(Body):
     """One message of a conversation. Its further keys reach the chat template."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Many[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Many[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -111,7 +114,7 @@ class NamedTool(Body):
 
 class AllowedTools(Body):
     mode: Literal['auto', 'required'] = 'auto'
-    tools: list[NamedTool]
+    tools: Many[NamedTool]
 
 
 class AllowedToolsChoice(Body):
@@ -129,8 +132,8 @@ class Sampling(Body):
     min_p: float | None = Field(0.0, ge=0, le=1)
     n: int | None = Field(1, ge=1)
     seed: int | None = Field(None, ge=-SEED, lt=2 * SEED)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Token] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[Token] | None = None
     max_tokens: int | None = Field(None, ge=1)
     min_new_tokens: int | None = Field(None, ge=0)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
@@ -152,12 +155,12 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``. ``messages`` as a text is a raw prompt, without chat template."""
 
-    messages: str | list[Message] = Field(default_factory=list)
-    input_ids: list[Token] | None = Field(None, description='the prompt as tokens, in place of messages')
+    messages: str | Many[Message] = Field(default_factory=list)
+    input_ids: Many[Token] | None = Field(None, description='the prompt as tokens, in place of messages')
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal['auto', 'none', 'required'] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = True
     enable_thinking: bool | None = None
@@ -168,7 +171,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """``POST /v1/completions``: raw prompts, without chat template; one choice per prompt and answer."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: str | Many[str] | Many[Token] | Many[Many[Token]]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0)
     echo: bool | None = False
@@ -178,10 +181,10 @@ class GenerateRequest(Body):
     """``POST /generate``: one prompt as text or tokens, one answer with its tokens."""
 
     prompt: str | None = None
-    input_ids: list[Token] | None = None
+    input_ids: Many[Token] | None = None
     max_tokens: int | None = Field(128, ge=1)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Token] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[Token] | None = None
     stream: bool | None = False
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: Probability | None = 1.0
@@ -204,11 +207,11 @@ class GenerateRequest(Body):
 class InteractiveRequest(Body):
     """``POST /v1/chat/interactive``: with ``interactive_mode`` the server remembers the conversation."""
 
-    prompt: str | list[Message] = ''
+    prompt: str | Many[Message] = ''
     session_id: int = Field(-1, ge=-1)
     interactive_mode: bool = False
     stream: bool = False
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     request_output_len: int | None = Field(None, ge=0)
     top_p: Probability = 0.8
     top_k: int = Field(40, ge=0)
@@ -227,7 +230,7 @@ class EncodeRequest(Body):
     """``POST /v1/encode``: texts to tokens; ``do_preprocess`` puts each into the chat template as a user's turn."""
 
     model: str | None = None
-    input: str | list[str]
+    input: str | Many[str]
     do_preprocess: bool | None = False
     add_bos: bool | None = True
 
@@ -237,8 +240,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Many[Message] | None = None
+    tools: Many[Tool] | None = None
     add_special_tokens: bool | None = True
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -248,7 +251,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Many[Token]
     skip_special_tokens: bool | None = False
 
 
@@ -256,7 +259,7 @@ class EmbeddingRequest(Body):
     """``POST /v1/embeddings``: the hidden state of each input's last token, at unit length."""
 
     model: str
-    input: str | list[str] | list[Token] | list[list[Token]]
+    input: str | Many[str] | Many[Token] | Many[Many[Token]]
     encoding_format: Literal['float', 'base64'] | None = 'float'
     dimensions: int | None = Field(None, ge=1)
     user: str | None = None
