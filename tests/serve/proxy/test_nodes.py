@@ -84,11 +84,12 @@ def test_a_life_of_a_node():
 
 
 BODIES = [{}, {'url': 3}, {'url': 'http://8.8.8.8:80'}, {'url': 'http://169.254.169.254/'},
-          {'url': 'http://metadata.invalid'}, {'url': 'http://u:p@127.0.0.1:1'}, {'url': 'http://127.0.0.1:1/x'}, {'url': 'file:///etc/passwd'},
-          {'status': {'models': []}}, {'status': {'models': ['']}}, {'status': {'models': [1]}},
-          {'status': {'models': ['m'], 'speed': 0}}, {'status': {'models': ['m'], 'speed': -1}},
-          {'status': {'models': ['m'], 'role': 'Prefill'}}, {'status': {'models': ['m'] * 65}},
-          {'status': {'models': ['m']}, 'api_key': 'a\r\nb: c'}, {'status': {'models': ['m']}, 'api_key': ''}]
+          {'url': 'http://metadata.invalid'}, {'url': 'http://u:p@127.0.0.1:1'}, {'url': 'http://127.0.0.1:1/x'},
+          {'url': 'file:///etc/passwd'}, {'status': {'models': []}}, {'status': {'models': ['']}},
+          {'status': {'models': [1]}}, {'status': {'models': ['m'], 'speed': 0}},
+          {'status': {'models': ['m'], 'speed': -1}}, {'status': {'models': ['m'], 'role': 'Prefill'}},
+          {'status': {'models': ['m'] * 65}}, {'status': {'models': ['m']}, 'api_key': 'a\r\nb: c'},
+          {'status': {'models': ['m']}, 'api_key': ''}]
 
 
 @pytest.mark.parametrize('body', BODIES, ids=range(len(BODIES)))
