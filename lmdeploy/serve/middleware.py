@@ -21,6 +21,8 @@ Header = tuple[bytes, bytes]
 REQUEST_ID = re.compile(rb'[A-Za-z0-9._:-]{1,128}')
 JSON_TYPE = re.compile(rb'application/(?:[a-z0-9.-]+\+)?json', re.ASCII)
 MOST_INT, LEAST_INT = (1 << 64) - 1, -(1 << 63)
+TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+"""A text of JSON."""
 METHODS = b'GET, POST, OPTIONS'
 PREFLIGHT_SECONDS = b'600'
 
@@ -119,6 +121,8 @@ def parse_json(body: bytes, limits: Limits) -> Any:
         HttpError: LMD-511: not UTF-8, not JSON (NaN and Infinity are not), a number beyond 64 bits or beyond a double,
             nested too deep, or with half of a surrogate pair; or of more values than the limits allow.
     """
+    if _opened(body) > limits.json_values and _opened(TEXT.sub(b'', body)) > limits.json_values:
+        raise _too_many_values(limits)  # millions of lists take seconds to make and to forget
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
@@ -129,6 +133,14 @@ def parse_json(body: bytes, limits: Limits) -> Any:
         raise HttpError('LMD-511', reason=str(error)[:200]) from None
     _check_values(value, limits)
     return value
+
+
+def _opened(text: bytes) -> int:
+    return text.count(b'[') + text.count(b'{')
+
+
+def _too_many_values(limits: Limits) -> HttpError:
+    return HttpError('LMD-511', reason=f'it has more than {limits.json_values} values that are no numbers')
 
 
 def _check_values(value: Any, limits: Limits) -> None:
@@ -156,7 +168,7 @@ def _check_values(value: Any, limits: Limits) -> None:
             else:
                 values += 1
         if values > limits.json_values:
-            raise HttpError('LMD-511', reason=f'it has more than {limits.json_values} values that are no numbers')
+            raise _too_many_values(limits)
         if numbers > limits.json_numbers or values + numbers + len(inner) > limits.json_values + limits.json_numbers:
             raise HttpError('LMD-511', reason=f'it has more than {limits.json_numbers} numbers')
         if not inner:
