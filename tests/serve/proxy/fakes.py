@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -77,14 +78,16 @@ class FakeNode:
     asked: list[Asked] = field(default_factory=list)
     gone: int = 0  # clients that left while they were answered
     port: int = 0
+    tls: ssl.SSLContext | None = None
+    host: str = '127.0.0.1'
 
     @property
     def url(self) -> str:
-        return f'http://127.0.0.1:{self.port}'
+        return f'{"http" if self.tls is None else "https"}://{self.host}:{self.port}'
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[FakeNode]:
-        server = await asyncio.start_server(self._connection, '127.0.0.1', self.port)
+        server = await asyncio.start_server(self._connection, '127.0.0.1', self.port, ssl=self.tls)
         self.port = server.sockets[0].getsockname()[1]
         self._tasks: set[asyncio.Task] = set()
         try:

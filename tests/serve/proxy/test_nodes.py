@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+import subprocess
 import time
 from collections import Counter
 
@@ -331,5 +333,35 @@ def test_the_host_header_of_a_loopback_proxy():
         async with proxy() as running:
             found = await running.http.get('/health', headers={'host': 'evil.example'})
             assert found.status_code == 403
+
+    run(main())
+
+
+def test_nodes_with_tls(tmp_path):
+    """The certificate must be trusted and be that of the name, though the connection goes to the checked address."""
+    key, certificate = tmp_path / 'key.pem', tmp_path / 'certificate.pem'
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
+                    '-addext', 'subjectAltName=DNS:localhost', '-keyout', key, '-out', certificate], check=True,
+                   capture_output=True)
+    served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    served.load_cert_chain(certificate, key)
+    trust = ssl.create_default_context(cafile=certificate)
+
+    async def main():
+        async with FakeNode(tls=served, host='localhost').run() as node:
+            async with proxy(tls=trust) as running:
+                await running.join(node)
+                assert (await running.http.post(PATH, json=CHAT)).json() == {'node': 'a'}
+                assert node.asked[0].header('host') == f'localhost:{node.port}'
+                node.host = '127.0.0.1'  # which the certificate does not name
+                await running.http.post('/nodes/remove', json={'url': f'https://localhost:{node.port}'},
+                                        headers=NODE_AUTH)
+                await running.join(node)
+                assert (await running.http.post(PATH, json=CHAT)).status_code == 502
+            async with proxy() as running:
+                node.host = 'localhost'
+                await running.join(node)
+                assert (await running.http.post(PATH, json=CHAT)).status_code == 502
+            assert len(node.asked) == 1
 
     run(main())
