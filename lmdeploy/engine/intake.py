@@ -50,6 +50,7 @@ def receive(given: EngineInput, seq: int, capacity: Capacity, *, prefix_caching:
         all_rows='all' in (params.output_logits, params.output_hidden),
         outputs=bool(params.output_logits or params.output_hidden or params.logprobs >= 0))
     request.plain = not (request.serial or request.all_rows)
+    request.usual = request.plain and not request.outputs
     if prefix_caching:
         request.root = root_key(given.salt, given.tenant.encode(), given.adapter.encode())
         request.publish_limit = NEVER

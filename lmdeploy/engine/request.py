@@ -158,6 +158,7 @@ class Request:
     all_rows: bool = False  # logits or hidden states of every position
     outputs: bool = False  # any logits, hidden states or log-probabilities
     plain: bool = False  # neither serial nor all_rows
+    usual: bool = False  # plain, and no outputs
 
     @property
     def total(self) -> int:

@@ -300,36 +300,37 @@ class Scheduler:
         Raises:
             EngineDead: LMD-340, when prompt after prompt gives logits that are not finite.
         """
-        slots, starts = plan.slots.tolist(), plan.starts.tolist()
-        lengths, draws = np.diff(plan.query_start).tolist(), (plan.sample * (1 + plan.drafts)).tolist()
-        statuses, bounds, tokens = result.status.tolist(), result.token_start.tolist(), result.tokens.tolist()
-        by_slot, out = self.by_slot, self._out
-        self.flying -= len(slots)
-        for row, slot in enumerate(slots):
+        ends = plan.starts + np.diff(plan.query_start)
+        tokens, bounds = result.tokens.tolist(), result.token_start.tolist()
+        by_slot, out, usual = self.by_slot, self._out, 0
+        self.flying -= plan.rows
+        for row, (slot, end, drawn, status, first, last) in enumerate(zip(
+                plan.slots.tolist(), ends.tolist(), (plan.sample * (1 + plan.drafts)).tolist(),
+                result.status.tolist(), bounds, bounds[1:])):
             request = by_slot[slot]
             assert request is not None
-            drawn = draws[row]
             request.in_flight -= 1
             request.pending -= drawn
-            if request.finish is not None or statuses[row]:
-                self._retire_odd(request, statuses[row], result.errors.get(row, ''))
+            if request.finish is not None or status:
+                self._retire_odd(request, status, result.errors.get(row, ''))
                 continue
-            drew = tokens[bounds[row]:bounds[row + 1]]
-            settled = starts[row] + lengths[row]
             known = request.tokens
-            if (len(drew) == drawn == 1 and request.plain and not request.outputs and drew[0] not in request.stop_ids
-                    and len(known) + 1 < request.limit and settled < request.publish_at):
+            if (last - first == drawn == 1 and request.usual and tokens[first] not in request.stop_ids
+                    and len(known) + 1 < request.limit and end < request.publish_at):
                 # what _accept does, for the usual row
-                known.append(drew[0])
-                request.settled = settled
-                self.counters.output_tokens += 1
-                out.append(TokenDelta(request.id, drew, None, None, None, None, request.cached_tokens,
+                token = tokens[first]
+                known.append(token)
+                request.settled = end
+                usual += 1
+                out.append(TokenDelta(request.id, [token], None, None, None, None, request.cached_tokens,
                                       request.prompt_len))
                 continue
             try:
-                self._accept(request, row, starts[row], lengths[row], drawn, drew, result)
+                length = int(plan.query_start[row + 1] - plan.query_start[row])
+                self._accept(request, row, end - length, length, drawn, tokens[first:last], result)
             except Exception as cause:  # one request's bookkeeping never stops the others'
                 self._fail(request, cause)
+        self.counters.output_tokens += usual
         if self._bad_prompts:
             self._watch_device(bool((plan.sample & (result.status == OK)).any()))
         return self.take()

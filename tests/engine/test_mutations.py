@@ -85,7 +85,7 @@ MUTATIONS = [
     Mutation('a match takes no reference', 'block_pool', 'self._refs[block] += 1', 'pass'),
     Mutation('steady rows run out of their blocks', 'scheduler', ' and start < len(request.blocks) * block_size', ''),
     Mutation('steady rows do not publish', 'scheduler',
-             ' and settled < request.publish_at', ' and settled < 10 * request.publish_at'),
+             ' and end < request.publish_at', ' and end < 10 * request.publish_at'),
     # groups, queue, outputs, grammar
     Mutation('a group leaves its blocks in the index', 'scheduler',
              'if group.root is not None:\n                self.pool.forget',
