@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kv.cache import KVCache, KVLayer
+from lmdeploy.ops.norm import rms_norm
+from lmdeploy.ops.rope import rope
 from lmdeploy.runner.batch import ForwardBatch
 
 
@@ -26,8 +28,34 @@ class AttentionCase:
     windows: tuple[int, ...] = (0,)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What is done to the queries and keys of one layer.
+
+    Attributes:
+        cos, sin: ``[T, 1, R] float32``, see :func:`lmdeploy.ops.rope.rope`.
+        q_weight, k_weight: ``[D]`` of the norms over each head before it, with ``eps``; None: there are none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 1e-6
+
+    def split(self, qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[T, heads, D]`` and keys ``[T, kv_heads, D]``, float32, and values, of qkv's dtype."""
+        heads = qkv.shape[1] - 2 * kv_heads
+        q, k, v = qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
+        if self.q_weight is None or self.k_weight is None:
+            qk = rope(qkv[:, :-kv_heads], self.cos, self.sin)
+            return qk[:, :heads], qk[:, heads:], v
+        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        return rope(q, self.cos, self.sin), rope(k, self.cos, self.sin), v
+
+
 class AttentionBackend(Protocol):
-    """Writes a step's keys and values into the cache and attends over it.
+    """Rotates a step's queries and keys, writes keys and values into the cache and attends over it.
 
     ``prepare`` runs once per step and may synchronise and allocate; what it returns is put into ``batch.plan``. ``run``
     runs once per layer and may do neither. A backend that is ``static`` serves static batches too, on which ``prepare``
@@ -41,9 +69,9 @@ class AttentionBackend(Protocol):
 
     def prepare(self, case: AttentionCase, batch: ForwardBatch, kv: KVCache) -> Any: ...
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, batch: ForwardBatch, scale: float,
+    def run(self, qkv: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch, scale: float,
             window: int) -> Tensor:  # fmt: skip
-        """``q [T, heads, D]``, ``k, v [T, kv_heads, D]`` give ``[T, heads, D]`` of v's dtype."""
+        """``qkv [T, heads + 2 * kv_heads, D]``, as the model computes it, gives ``[T, heads, D]`` of its dtype."""
         ...
 
 
@@ -51,8 +79,9 @@ def candidates() -> tuple[AttentionBackend, ...]:
     """All backends, the best first."""
     from lmdeploy.attention.cpu import CPUSpans
     from lmdeploy.attention.reference import Reference
+    from lmdeploy.attention.triton_paged import TritonPaged
 
-    return CPUSpans(), Reference()
+    return CPUSpans(), TritonPaged(), Reference()
 
 
 def choose(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> AttentionBackend:

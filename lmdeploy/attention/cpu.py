@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmdeploy.attention.backend import AttentionCase
+from lmdeploy.attention.backend import AttentionCase, Rotation
 from lmdeploy.kv.cache import KVCache, KVLayer
 from lmdeploy.ops.cpu.paged_attention import attend
 from lmdeploy.ops.cpu.spans import Chunk, Shape, build_chunks
@@ -40,8 +40,9 @@ class CPUSpans:
         }
         return CPUPlan(row_index(batch.kv_slots, case.kv_heads, kv.block_size), chunks)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, batch: ForwardBatch, scale: float,
+    def run(self, qkv: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch, scale: float,
             window: int) -> Tensor:  # fmt: skip
         plan: CPUPlan = batch.plan
+        q, k, v = rotation.split(qkv, layer.k.shape[1])
         write_rows(k, v, layer.k, layer.v, plan.rows)
         return attend(q, layer.k, layer.v, plan.chunks[window], scale, v.dtype)

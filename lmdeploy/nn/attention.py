@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lmdeploy.attention.backend import AttentionBackend
+from lmdeploy.attention.backend import AttentionBackend, Rotation
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.nn.norm import RMSNorm
-from lmdeploy.ops.rope import rope
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
 
@@ -57,12 +56,6 @@ class Attention:
         """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
         shape = self.shape
         qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        turned = shape.heads + shape.kv_heads
-        if self.qk_norms is None:
-            qk = rope(qkv[:, :turned], *tables)
-            q, k = qk[:, : shape.heads], qk[:, shape.heads :]
-        else:
-            q_norm, k_norm = self.qk_norms
-            q, k = rope(q_norm(qkv[:, : shape.heads]), *tables), rope(k_norm(qkv[:, shape.heads : turned]), *tables)
-        out = self.backend.run(q, k, qkv[:, turned:], layer, batch, shape.scale, shape.window)
+        weights = (None, None) if self.qk_norms is None else tuple(norm.weight for norm in self.qk_norms)
+        out = self.backend.run(qkv, Rotation(*tables, *weights, shape.eps), layer, batch, shape.scale, shape.window)
         return self.o(out.view(x.shape[0], -1))

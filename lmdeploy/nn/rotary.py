@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.config.rope import RopeConfig
+from lmdeploy.ops.rope import rope_tables
 
 
 def inverse_frequencies(config: RopeConfig) -> tuple[Tensor, float]:
@@ -48,11 +49,7 @@ class Rotary:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The tables of :func:`lmdeploy.ops.rope.rope` for ``positions [T]``: two ``[T, 1, rotary_dim] float32``."""
-        angles = positions.float()[:, None, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        if self.factor != 1.0:
-            cos, sin = cos * self.factor, sin * self.factor
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return rope_tables(positions, self.frequencies, self.factor)
 
 
 def _frequencies(theta: float, dim: int) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmdeploy.attention.backend import AttentionCase, choose, explain
+from lmdeploy.attention.backend import AttentionCase, Rotation, choose, explain
 from lmdeploy.attention.cpu import CPUSpans
 from lmdeploy.attention.reference import Reference
 from lmdeploy.kv.cache import KVCache, KVShape
+from lmdeploy.ops.rope import rope_tables
 from lmdeploy.runner.batch import ForwardBatch
 
 CPU = torch.device('cpu')
@@ -19,7 +20,8 @@ def test_choice():
     assert choose(CPU, torch.bfloat16, CASE).name == 'cpu_spans'
     assert choose(torch.device('meta'), torch.float32, CASE).name == 'reference'
     assert explain(torch.device('meta'), torch.float32, CASE).splitlines() == [
-        'attention: cpu_spans: runs on cpu, not on meta', 'attention: reference: ready']  # fmt: skip
+        'attention: cpu_spans: runs on cpu, not on meta', 'attention: triton_paged: runs on cuda, not on meta',
+        'attention: reference: ready']  # fmt: skip
 
 
 def batch_of(done: list[int], feed: list[int], blocks: list[list[int]], block_size: int) -> ForwardBatch:
@@ -48,10 +50,11 @@ def test_cpu_spans_equal_the_reference(dtype, error, block_size):
         batch = batch_of(done, feed, blocks, block_size)
         batch.plan = ours.prepare(CASE, batch, caches[0])
         count = sum(feed)
-        q, k, v = (torch.randn(count, heads, 32, generator=generator) for heads in (6, 2, 2))
+        qkv = torch.randn(count, 10, 32, generator=generator).to(dtype)
+        rotation = Rotation(*rope_tables(batch.positions, torch.rand(16, generator=generator), 1.0))
         for window in CASE.windows:
             found, wanted = (
-                backend.run(q, k, v.to(dtype), kv.layer(0), batch, 32**-0.5, window)
+                backend.run(qkv, rotation, kv.layer(0), batch, 32**-0.5, window)
                 for backend, kv in zip((ours, reference), caches)
             )
             assert found.dtype is dtype

@@ -1,0 +1,353 @@
+"""Decode attention over the paged cache: one query per row, the keys shared out among a fixed number of programs.
+
+All (row, kv head, tile of keys) triples of a step, in this order, form one line of tiles. Program p of G takes the p-th
+of G equal stretches of it, whatever the lengths of the rows are, so the grid depends on the device only and a captured
+graph serves every context length ("stream-K", Osama et al. 2023, on the split softmax of Dao et al.'s flash decoding).
+A stretch may begin or end inside a (row, head): such parts go to a workspace, at most two per program, and the program
+that delivers the last part of a (row, head) merges them.
+
+The query heads of one kv head are the rows of one matrix product, padded to 16, the tensor cores' least.
+
+:func:`plan_decode` says once per step where each stretch begins; all layers of a window share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, multiprocessors, supports_pdl
+
+LOG2E = 1.4426950408889634
+TILE = 64  # keys per tile: a page, or a part of a longer one
+SHARED_BYTES = 200 * 1024  # of a multiprocessor's shared memory for tiles in flight
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Launch parameters: how many programs per multiprocessor, how they hold and read the tiles."""
+
+    per_sm: int
+    num_warps: int
+    num_stages: int  # a tile's address is a load too, so 2 n + 1 stages hold n tiles of keys and n of values
+    swap: bool = False  # keys as the rows of the products (wgmma), not the queries (mma)
+    tma: bool = True
+    fused: bool = True  # the last program of a (row, head) merges; otherwise a second kernel does
+
+
+def config_of(group: int, dim: int, size: int = 2) -> DecodeConfig:
+    """The launch parameters for ``group`` query heads per key head of ``dim`` channels of ``size`` bytes each."""
+    per_sm = 3 if dim <= 64 else 2 if dim <= 128 else 1
+    buffers = SHARED_BYTES // per_sm // (2 * TILE * triton.next_power_of_2(dim) * size)
+    return DecodeConfig(per_sm, num_warps=4, num_stages=2 * min(max(buffers, 1), 4) + 1)
+
+
+def programs_on(device: torch.device, group: int, dim: int) -> int:
+    """How many programs share a step's work on ``device``."""
+    return config_of(group, dim).per_sm * multiprocessors(device)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """A step's division of work for one window. ``tiles [B+1]`` and ``starts [3, G]`` (row, kv head, tile), int32."""
+
+    tiles: Tensor
+    starts: Tensor
+    programs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Parts of split (row, head) pairs: two per program. ``counts`` is all zeros between launches."""
+
+    sums: Tensor  # [2 G, group, D] float32
+    stats: Tensor  # [2 G, 2, group] float32: running maxima (base 2) and sums of weights
+    counts: Tensor  # [G] int32: parts delivered of the pair that is split first by program p
+
+
+def make_workspace(programs: int, group: int, dim: int, device: torch.device) -> Workspace:
+    """Memory for ``programs`` programs; it can be shared by all launches of one stream."""
+    return Workspace(
+        torch.empty(2 * programs, group, dim, dtype=torch.float32, device=device),
+        torch.empty(2 * programs, 2, group, dtype=torch.float32, device=device),
+        torch.zeros(programs, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _first_of(p, base, extra):
+    """Where program p's stretch begins, when the first ``extra`` of them have ``base + 1`` tiles."""
+    return p * base + tl.minimum(p, extra)
+
+
+@triton.jit
+def _owner_of(tile, base, extra):
+    """Whose stretch a tile lies in."""
+    long = extra * (base + 1)
+    return tl.where(tile < long, tile // (base + 1), extra + (tile - long) // tl.maximum(base, 1))
+
+
+@triton.jit
+def _plan_kernel(kv_lens, tiles, starts, rows, programs, HEADS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+                 ROWS: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.arange(0, ROWS)
+    length = tl.load(kv_lens + row, mask=row < rows, other=0)
+    count = (length + TILE - 1) // TILE
+    if WINDOW > 0:
+        count -= tl.maximum(length - WINDOW, 0) // TILE
+    end = tl.cumsum(count, 0)
+    first = end - count
+    if tl.program_id(0) == 0:
+        tl.store(tiles + row, first, mask=row < rows)
+        tl.store(tiles + rows, tl.sum(count, 0))
+    total = tl.sum(count, 0) * HEADS
+    base, extra = total // programs, total % programs
+    p = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
+    at = _first_of(p, base, extra)
+    mine = tl.sum((end[None, :] * HEADS <= at[:, None]).to(tl.int32), 1)
+    here = mine[:, None] == row[None, :]
+    inside = at - tl.sum(tl.where(here, first[None, :], 0), 1) * HEADS
+    per_head = tl.maximum(tl.sum(tl.where(here, count[None, :], 0), 1), 1)
+    ok = p < programs
+    tl.store(starts + p, mine, mask=ok)
+    tl.store(starts + programs + p, inside // per_head, mask=ok)
+    tl.store(starts + 2 * programs + p, inside % per_head, mask=ok)
+
+
+@triton.jit
+def _merge(out_row, sums, stats, first, last, GROUP: tl.constexpr, GROUP_P: tl.constexpr, D: tl.constexpr,
+           D_P: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Add up the parts of one (row, head), delivered by programs first..last, and store ``[GROUP, D]``."""
+    g = tl.arange(0, GROUP_P)
+    d = tl.arange(0, D_P)
+    top = tl.full([GROUP_P], float('-inf'), tl.float32)
+    weight = tl.zeros([GROUP_P], tl.float32)
+    acc = tl.zeros([GROUP_P, D_P], tl.float32)
+    for p0 in range(first, last + 1, CHUNK):
+        p = p0 + tl.arange(0, CHUNK)
+        slot = (2 * p + (p == first).to(tl.int32)).to(tl.int64)
+        ok = (p <= last)[:, None] & (g < GROUP)[None, :]
+        stat = stats + slot[:, None] * (2 * GROUP) + g[None, :]
+        part_top = tl.load(stat, mask=ok, other=float('-inf'), cache_modifier='.cg')
+        part_weight = tl.load(stat + GROUP, mask=ok, other=0.0, cache_modifier='.cg')
+        part = tl.load(sums + slot[:, None, None] * (GROUP * D) + g[None, :, None] * D + d[None, None, :],
+                       mask=ok[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier='.cg')  # fmt: skip
+        new = tl.maximum(top, tl.max(part_top, 0))
+        new = tl.where(new == float('-inf'), 0.0, new)
+        old_scale = tl.exp2(top - new)
+        scale = tl.exp2(part_top - new[None, :])
+        weight = weight * old_scale + tl.sum(part_weight * scale, 0)
+        acc = acc * old_scale[:, None] + tl.sum(part * scale[:, :, None], 0)
+        top = new
+    acc = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    tl.store(out_row + g[:, None] * D + d[None, :], acc.to(out_row.dtype.element_ty),
+             mask=(g < GROUP)[:, None] & (d < D)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
+    """``[TILE, D_P]`` from row ``at`` of a plane seen as ``[rows, D]``."""
+    if TMA:
+        tile = pages.load([at, 0])
+    else:
+        d = tl.arange(0, D_P)
+        place = pages + at.to(tl.int64) * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
+        if D_P == D:
+            tile = tl.load(place)
+        else:
+            tile = tl.load(place, mask=(d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, tiles, starts, sums, stats,
+                   counts, rows, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   GROUP_P: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
+                   TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+                   TMA: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    p = tl.program_id(0)
+    programs = tl.num_programs(0)
+    row = tl.load(starts + p)
+    head = tl.load(starts + programs + p)
+    skip = tl.load(starts + 2 * programs + p)
+    total = tl.load(tiles + rows) * HEADS
+    base, extra = total // programs, total % programs
+    begin = _first_of(p, base, extra)
+    end = _first_of(p + 1, base, extra)
+    m = tl.arange(0, M)
+    d = tl.arange(0, D_P)
+    n = tl.arange(0, TILE)
+    at = begin
+    while at < end:
+        length = tl.load(kv_lens + row)
+        token = tl.load(query_start + row)
+        table = block_table + tl.load(table_rows + row).to(tl.int64) * table_stride
+        seen = 0
+        if WINDOW > 0:
+            seen = tl.maximum(length - WINDOW, 0)
+        tile_0 = seen // TILE
+        count = (length + TILE - 1) // TILE - tile_0
+        take = tl.minimum(count - skip, end - at)
+        q_row = q + token.to(tl.int64) * q_stride + head * (GROUP * D)
+        if SWAP:
+            qt = tl.load(q_row + m[None, :] * D + d[:, None], mask=(m < GROUP)[None, :] & (d < D)[:, None], other=0.0)
+            acc = tl.zeros([D_P, M], tl.float32)
+        else:
+            qm = tl.load(q_row + m[:, None] * D + d[None, :], mask=(m < GROUP)[:, None] & (d < D)[None, :], other=0.0)
+            acc = tl.zeros([M, D_P], tl.float32)
+        top = tl.full([M], float('-inf'), tl.float32)
+        weight = tl.zeros([M], tl.float32)
+        for tile in tl.range(tile_0 + skip, tile_0 + skip + take, num_stages=STAGES):
+            block = tl.load(table + tile * TILE // BLOCK)
+            place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
+            k = _load_tile(k_pages, place, D, D_P, TILE, TMA)
+            key = tile * TILE + n
+            hidden = key >= length
+            if WINDOW > 0:
+                hidden = hidden | (key < seen)
+            if SWAP:
+                s = tl.dot(k, qt, input_precision=PRECISION) * scale
+                s = tl.where(hidden[:, None], float('-inf'), s)
+                new = tl.maximum(top, tl.max(s, 0))
+                e = tl.exp2(s - new[None, :])
+                old_scale = tl.exp2(top - new)
+                weight = weight * old_scale + tl.sum(e, 0)
+                acc = acc * old_scale[None, :]
+                v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
+                acc = tl.dot(tl.trans(v), e.to(v.dtype), acc, input_precision=PRECISION)
+            else:
+                s = tl.dot(qm, tl.trans(k), input_precision=PRECISION) * scale
+                s = tl.where(hidden[None, :], float('-inf'), s)
+                new = tl.maximum(top, tl.max(s, 1))
+                e = tl.exp2(s - new[:, None])
+                old_scale = tl.exp2(top - new)
+                weight = weight * old_scale + tl.sum(e, 1)
+                acc = acc * old_scale[:, None]
+                v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
+                acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+            top = new
+        out_row = out + (token.to(tl.int64) * HEADS + head) * (GROUP * D)
+        if take == count:
+            result = acc / weight[None, :] if SWAP else acc / weight[:, None]
+            if SWAP:
+                tl.store(out_row + m[None, :] * D + d[:, None], result.to(out.dtype.element_ty),
+                         mask=(m < GROUP)[None, :] & (d < D)[:, None])  # fmt: skip
+            else:
+                tl.store(out_row + m[:, None] * D + d[None, :], result.to(out.dtype.element_ty),
+                         mask=(m < GROUP)[:, None] & (d < D)[None, :])  # fmt: skip
+        else:
+            pair = at - skip  # the first tile of this (row, head) on the line
+            slot = (2 * p + (pair >= begin).to(tl.int32)).to(tl.int64)
+            part = sums + slot * (GROUP * D)
+            if SWAP:
+                tl.store(part + m[None, :] * D + d[:, None], acc, mask=(m < GROUP)[None, :] & (d < D)[:, None])
+            else:
+                tl.store(part + m[:, None] * D + d[None, :], acc, mask=(m < GROUP)[:, None] & (d < D)[None, :])
+            stat = stats + slot * (2 * GROUP)
+            tl.store(stat + m, top, mask=m < GROUP)
+            tl.store(stat + GROUP + m, weight, mask=m < GROUP)
+            if FUSED:
+                first = _owner_of(pair, base, extra)
+                last = _owner_of(pair + count - 1, base, extra)
+                tl.debug_barrier()  # all of the part is stored before one thread says so
+                done = tl.atomic_add(counts + first, 1, sem='acq_rel')
+                if done == last - first:
+                    _merge(out_row, sums, stats, first, last, GROUP, GROUP_P, D, D_P, CHUNK)
+                    tl.store(counts + first, 0)
+        at += take
+        skip = 0
+        head += 1
+        if head == HEADS:
+            head = 0
+            row += 1
+            if at < end:
+                while tl.load(tiles + row + 1) == tl.load(tiles + row):  # rows without tokens
+                    row += 1
+
+
+@triton.jit
+def _merge_kernel(out, query_start, tiles, sums, stats, rows, programs, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                  GROUP_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, CHUNK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, head = tl.program_id(0), tl.program_id(1)
+    total = tl.load(tiles + rows) * HEADS
+    start = tl.load(tiles + row)
+    count = tl.load(tiles + row + 1) - start
+    base, extra = total // programs, total % programs
+    pair = start * HEADS + head * count
+    if count > 0:
+        first = _owner_of(pair, base, extra)
+        last = _owner_of(pair + count - 1, base, extra)
+        if last > first:
+            token = tl.load(query_start + row).to(tl.int64)
+            out_row = out + (token * HEADS + head) * (GROUP * D)
+            _merge(out_row, sums, stats, first, last, GROUP, GROUP_P, D, D_P, CHUNK)
+
+
+def plan_decode(kv_lens: Tensor, kv_heads: int, window: int, programs: int) -> DecodePlan:
+    """Share out the tiles of rows with ``kv_lens [B] int32`` among ``programs`` programs, on the device."""
+    rows = kv_lens.shape[0]
+    tiles = torch.empty(rows + 1, dtype=torch.int32, device=kv_lens.device)
+    starts = torch.empty(3, programs, dtype=torch.int32, device=kv_lens.device)
+    padded = max(triton.next_power_of_2(rows), 16)
+    each = max(8192 // padded, 8)
+    pdl = supports_pdl(kv_lens.device)
+    _plan_kernel[(triton.cdiv(programs, each),)](
+        kv_lens, tiles, starts, rows, programs, HEADS=kv_heads, WINDOW=window, TILE=TILE, ROWS=padded, PROGRAMS=each,
+        PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
+    return DecodePlan(tiles, starts, programs)
+
+
+def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, table_rows: Tensor,
+                     query_start: Tensor, kv_lens: Tensor, plan: DecodePlan, workspace: Workspace, out: Tensor,
+                     scale: float, window: int, config: DecodeConfig | None = None) -> None:  # fmt: skip
+    """Attention of rows with one query each: token ``query_start[i]`` is the last of row i's ``kv_lens[i]`` tokens.
+
+    Args:
+        q: ``[T, heads, D]``, contiguous but for the first dimension.
+        k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
+        block_table: ``[N, W] int32``; row i's blocks are in row ``table_rows[i]``.
+        query_start, kv_lens, table_rows: ``[B] int32`` or longer; a row of length 0 is left alone.
+        plan: that of these lengths and this window.
+        out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
+        config: None: that of :func:`config_of`.
+    """
+    heads, dim = q.shape[1:]
+    kv_heads, block_size = k_pages.shape[1:3]
+    rows, group, padded = kv_lens.shape[0], heads // kv_heads, triton.next_power_of_2(dim)
+    config = config or config_of(group, dim, q.element_size())
+    fast, pdl = q.dtype != torch.float32, supports_pdl(q.device)
+    k, v = k_pages, v_pages
+    if config.tma:
+        k, v = (TensorDescriptor(pages, [pages.numel() // dim, dim], [dim, 1], [TILE, padded])
+                for pages in (k_pages, v_pages))  # fmt: skip
+    group_p = triton.next_power_of_2(group)
+    chunk = max(min(4096 // (group_p * padded), 16), 1) * 2
+    _decode_kernel[(plan.programs,)](
+        q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.tiles, plan.starts, workspace.sums,
+        workspace.stats, workspace.counts, rows, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
+        GROUP=group, GROUP_P=group_p, M=max(group_p, 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
+        WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=config.tma, FUSED=config.fused,
+        PRECISION='tf32' if fast else 'ieee', CHUNK=chunk, PDL=pdl,
+        num_warps=config.num_warps, launch_pdl=pdl,
+    )  # fmt: skip
+    if not config.fused:
+        _merge_kernel[(rows, kv_heads)](
+            out, query_start, plan.tiles, workspace.sums, workspace.stats, rows, plan.programs, HEADS=kv_heads,
+            GROUP=group, GROUP_P=group_p, D=dim, D_P=padded, CHUNK=chunk, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
