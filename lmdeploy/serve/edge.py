@@ -162,6 +162,7 @@ class Edge:
             try:
                 async with deadline:
                     await self.app(scope, _nothing_more, exchange.send)
+                    await exchange.produce()
             except Exception as error:  # told to the client in the form that is still possible
                 await exchange.fail(error)
             else:

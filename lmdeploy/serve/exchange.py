@@ -53,9 +53,16 @@ class Exchange:
         """Send a whole response."""
         await response(self.request.scope, self.request.receive, self.send)
 
-    async def stream(self, stream: Stream) -> None:
-        """Wait for the first chunk, and only then say that all is well; send all that follow."""
+    def take(self, stream: Stream) -> None:
+        """The response is this one, which :meth:`produce` sends."""
         self._stream = stream
+
+    async def produce(self) -> None:
+        """If the response is a stream: wait for the first chunk, and only then say that all is well; send all that
+        follow."""
+        stream = self._stream
+        if stream is None:
+            return
         first = await anext(stream.chunks)
         await self.send({'type': 'http.response.start', 'status': stream.status_code, 'headers': stream.raw_headers})
         self._writer = writer = Writer(self._send, self.request.limits)

@@ -121,7 +121,7 @@ class Chunks(Protocol):
 
 
 class _Exchange(Protocol):
-    async def stream(self, stream: Stream) -> None: ...
+    def take(self, stream: Stream) -> None: ...
 
 
 class Stream(Response):
@@ -143,8 +143,10 @@ class Stream(Response):
         self.init_headers(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange: _Exchange = scope[EXCHANGE]  # writes past the layers between: they have nothing to do with chunks
-        await exchange.stream(self)
+        # It is sent when the call has returned through all of FastAPI's layers: a coroutine that waits below them is
+        # resumed through every one of them, at every chunk.
+        exchange: _Exchange = scope[EXCHANGE]
+        exchange.take(self)
 
 
 def json_reply(value: object, status: int = 200) -> Response:
