@@ -1,11 +1,13 @@
 """A conversation that comes in items, put together as messages.
 
 What the assistant thought, said and called in a row is one message, and every result names the call that it answers.
+Texts are joined once, at the end of their message: a conversation of many small items costs no more than its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy.serve.blocks import Block
@@ -14,39 +16,55 @@ from lmdeploy.serve.errors import HttpError
 Message = dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A message that may still grow."""
+
+    role: str
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def message(self) -> Message:
+        message: Message = {'role': self.role, 'content': '\n'.join(self.texts) if self.texts else None}
+        if self.thoughts:
+            message['reasoning_content'] = '\n'.join(self.thoughts)
+        if self.calls:
+            message['tool_calls'] = self.calls
+        return message
+
+
 class Turns:
     """Collects messages in the form of OpenAI's chat completions.
 
     Args:
         before: what was said earlier.
-        join_users: neighbouring texts of one role other than the assistant are one message too.
+        join: neighbouring texts of one role other than the assistant are one message too.
     """
 
-    def __init__(self, before: Iterable[Message] = (), *, join_users: bool = False) -> None:
-        self.messages: list[Message] = []
-        self._join_users = join_users
-        self._functions: dict[str, str] = {}  # of the calls so far, by their ids
-        for message in before:
-            self.messages.append(message)
-            for call in message.get('tool_calls', ()):
-                self._functions[call['id']] = call['function']['name']
+    def __init__(self, before: Iterable[Message] = (), *, join: bool = False) -> None:
+        self._messages = list(before)
+        self._join = join
+        self._draft: _Draft | None = None
+        self._functions = {call['id']: call['function']['name'] for message in self._messages
+                           for call in message.get('tool_calls', ())}
+        if self._messages and self._messages[-1]['role'] == 'assistant':
+            self._draft = _reopen(self._messages.pop())
 
-    def say(self, role: str, text: str, *, between: str = '\n') -> None:
-        """Somebody says something; ``between`` stands between texts of one message."""
-        last = self.messages[-1] if self.messages else None
-        if role == 'assistant':
-            message = self._assistant()
-            message['content'] = text if message['content'] is None else f'{message["content"]}{between}{text}'
-        elif self._join_users and last is not None and last['role'] == role:
-            self.messages[-1] = {**last, 'content': f'{last["content"]}{between}{text}'}
-        else:
-            self.messages.append({'role': role, 'content': text})
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said. The last message does not grow any more."""
+        self._close()
+        return self._messages
+
+    def say(self, role: str, text: str) -> None:
+        """Somebody says something."""
+        grows = self._draft is not None and self._draft.role == role and (role == 'assistant' or self._join)
+        (self._draft if grows and self._draft is not None else self._open(role)).texts.append(text)
 
     def think(self, text: str) -> None:
         """The assistant thinks."""
-        message = self._assistant()
-        before = message.get('reasoning_content')
-        message['reasoning_content'] = text if before is None else f'{before}\n{text}'
+        self._assistant().thoughts.append(text)
 
     def call(self, call_id: str, name: str, arguments: str, param: str) -> None:
         """The assistant calls a function; ``arguments`` are JSON text.
@@ -57,7 +75,7 @@ class Turns:
         if call_id in self._functions:
             raise HttpError('LMD-512', param=param, reason=f'two calls have the id {call_id[:100]!r}')
         self._functions[call_id] = name
-        self._assistant().setdefault('tool_calls', []).append(
+        self._assistant().calls.append(
             {'id': call_id, 'type': 'function', 'function': {'name': name, 'arguments': arguments}})
 
     def result(self, call_id: str, text: str, param: str) -> None:
@@ -69,28 +87,40 @@ class Turns:
         name = self._functions.get(call_id)
         if name is None:
             raise HttpError('LMD-512', param=param, reason=f'no call before it has the id {call_id[:100]!r}')
-        self.messages.append({'role': 'tool', 'tool_call_id': call_id, 'name': name, 'content': text})
+        self._close()
+        self._messages.append({'role': 'tool', 'tool_call_id': call_id, 'name': name, 'content': text})
 
     def answer(self, blocks: Iterable[Block]) -> None:
         """What the model has answered. A message of its own that it was to continue goes on with the first text."""
-        between = '' if self.messages and self.messages[-1]['role'] == 'assistant' else '\n'
+        goes_on = self._draft is not None and self._draft.role == 'assistant' and bool(self._draft.texts)
         for block in blocks:
             if block.kind == 'reasoning':
                 self.think(block.text)
-            elif block.kind == 'text':
-                self.say('assistant', block.text, between=between)
-                between = '\n'
-            else:
+            elif block.kind == 'call':
                 self.call(block.id, block.name, block.text, 'output')
+            elif goes_on and self._draft is not None:
+                self._draft.texts[-1] += block.text
+                goes_on = False
+            else:
+                self.say('assistant', block.text)
 
-    def _assistant(self) -> Message:
-        """The assistant's message that is being put together. One that is only read by others is copied first."""
-        if self.messages and self.messages[-1]['role'] == 'assistant':
-            message = dict(self.messages[-1])
-            if 'tool_calls' in message:
-                message['tool_calls'] = [*message['tool_calls']]
-            self.messages[-1] = message
-        else:
-            message = {'role': 'assistant', 'content': None}
-            self.messages.append(message)
-        return message
+    def _assistant(self) -> _Draft:
+        draft = self._draft
+        return draft if draft is not None and draft.role == 'assistant' else self._open('assistant')
+
+    def _open(self, role: str) -> _Draft:
+        self._close()
+        self._draft = _Draft(role)
+        return self._draft
+
+    def _close(self) -> None:
+        if self._draft is not None:
+            self._messages.append(self._draft.message())
+            self._draft = None
+
+
+def _reopen(message: Message) -> _Draft:
+    """A message of the assistant to which more may come; the message itself stays as it is."""
+    content, thoughts = message.get('content'), message.get('reasoning_content')
+    return _Draft('assistant', [] if content is None else [content], [] if thoughts is None else [thoughts],
+                  [*message.get('tool_calls', ())])

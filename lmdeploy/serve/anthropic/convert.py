@@ -90,7 +90,7 @@ def messages(body: CountTokensRequest, limits: Limits) -> list[dict[str, Any]]:
     if not body.messages:
         raise HttpError('LMD-512', param='messages', reason='there is no message')
     limits.check('messages', body.messages, 'messages')
-    turns = Turns(join_users=True)
+    turns = Turns(join=True)
     if body.system:
         turns.say('system', body.system if isinstance(body.system, str) else _texts(body.system))
     for i, message in enumerate(body.messages):

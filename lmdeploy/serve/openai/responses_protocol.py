@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Probability, Refusals
+from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Many, Probability, Refusals
 
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -47,7 +47,7 @@ class MessageItem(Body):
 
     type: Literal['message'] | None = 'message'
     role: Literal['user', 'assistant', 'system', 'developer']
-    content: str | list[Part]
+    content: str | Many[Part]
 
 
 class CallItem(Body):
@@ -64,15 +64,15 @@ class CallOutputItem(Body):
 
     type: Literal['function_call_output']
     call_id: CallId
-    output: str | list[Part]
+    output: str | Many[Part]
 
 
 class ReasoningItem(Body):
     """What the model thought, as it was answered."""
 
     type: Literal['reasoning']
-    summary: list[Part] | None = None
-    content: list[Part] | None = None
+    summary: Many[Part] | None = None
+    content: Many[Part] | None = None
 
 
 class OtherItem(Body):
@@ -122,7 +122,7 @@ class ChosenFunction(Body):
 class AllowedFunctions(Body):
     type: Literal['allowed_tools']
     mode: Literal['auto', 'required'] = 'auto'
-    tools: list[ChosenFunction]
+    tools: Many[ChosenFunction]
 
 
 class TextFormat(Body):
@@ -159,19 +159,19 @@ class ResponsesRequest(Body):
     no_effect = NO_EFFECT
 
     model: str
-    input: str | list[Item] = Field(default_factory=list)
+    input: str | Many[Item] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     store: bool | None = Field(True, description='remember the answer for previous_response_id')
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(0.7, ge=0, le=2)
     top_p: Probability | None = 1.0
-    tools: list[ToolItem] | None = None
+    tools: Many[ToolItem] | None = None
     tool_choice: Literal['auto', 'none', 'required'] | ChosenFunction | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = True
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    include: list[Literal['reasoning.encrypted_content']] | None = Field(
+    include: Many[Literal['reasoning.encrypted_content']] | None = Field(
         None, description='reasoning items are complete without it')
     metadata: dict[str, str] | None = None
     stream: bool | None = False
