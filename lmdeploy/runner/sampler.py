@@ -91,6 +91,9 @@ class Sampler:
             The tokens; ``slots.last_token`` and ``slots.history`` hold them already.
         """
         slots = self.slots
+        if slots.tables is not None and sites.masks is None and not slots.odd[sites.slots].any():
+            tokens, status = self._draw_by_tables(logits, sites, slots.tables)
+            return self._finish(sites, tokens, status)
         finite = change.contain_non_finite(logits)
         reported = np.flatnonzero(slots.logprobs[sites.slots] >= 0)
         raw = logits[self._index(reported)] if len(reported) else None  # a copy
@@ -100,7 +103,9 @@ class Sampler:
         status = torch.where(finite, OK, NON_FINITE).to(torch.uint8)
         errors: dict[int, str] = {}
         if slots.tables is not None:
-            tokens, status = self._draw_by_tables(logits, sites, status, errors, slots.tables)
+            self._change_beside_tables(logits, sites, errors)
+            tokens, found = self._draw_by_tables(logits, sites, slots.tables)
+            status = torch.where(status == OK, found, status)
         else:
             if self._change(logits, sites, errors):
                 live = change.live_rows(logits)
@@ -109,34 +114,42 @@ class Sampler:
             tokens = self._draw(logits, sites)
         if errors:
             status[self._index(np.array(list(errors)))] = PROCESSOR_FAILED
-        accepted, row_status, last = self._accept(tokens, status, sites)
-        if slots.tables is None or last is not tokens:
-            row_slots, = upload(self.device, sites.slots[sites.start[:-1]])
-            slots.last_token[row_slots] = last.int()
+        sampled = self._finish(sites, tokens, status)
+        sampled.errors = errors
         if history.any():
             self._record(tokens, sites, history)
-        logprobs = None if raw is None else self._logprobs(raw, tokens, reported, sites)
-        return Sampled(sites, tokens, accepted, row_status, logprobs, errors)
+        if raw is not None:
+            sampled.logprobs = self._logprobs(raw, tokens, reported, sites)
+        return sampled
 
-    def _draw_by_tables(self, logits: Tensor, sites: Sites, status: Tensor, errors: dict[int, str],
-                        tables: DeviceTables) -> tuple[Tensor, Tensor]:
-        """What tables do not hold is done here, the rest by the op over slots: ``(tokens [S] int64, status [S])``."""
+    def _finish(self, sites: Sites, tokens: Tensor, status: Tensor) -> Sampled:
+        """Which tokens count, and ``slots.last_token``, which the op over slots has written where no draft was."""
+        accepted, row_status, last = self._accept(tokens, status, sites)
+        if self.slots.tables is None or last is not tokens:
+            row_slots, = upload(self.device, sites.slots[sites.start[:-1]])
+            self.slots.last_token[row_slots] = last.int()
+        return Sampled(sites, tokens, accepted, row_status)
+
+    def _change_beside_tables(self, logits: Tensor, sites: Sites, errors: dict[int, str]) -> None:
+        """What requests ask for that the tables do not hold."""
         slots, of = self.slots, sites.slots
-        if sites.masks is not None or slots.odd[of].any():
-            self._mask(logits, sites)
-            for site in np.flatnonzero(slots.has_processors[of]).tolist():
-                self._run_processors(logits, site, sites, errors)
-            crowded = np.flatnonzero([slots.of(slot).changes > CHANGES for slot in of.tolist()])
-            if len(crowded):
-                draws = sites.positions + 1 - slots.prompt_len[of]
-                self._bias(logits, crowded, sites)
-                self._ban_ids(logits, crowded, sites, draws)
-            by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
-            if len(by_sequences):
-                self._ban_sequences(logits, sites, by_sequences)
+        self._mask(logits, sites)
+        for site in np.flatnonzero(slots.has_processors[of]).tolist():
+            self._run_processors(logits, site, sites, errors)
+        crowded = np.flatnonzero([slots.of(slot).changes > CHANGES for slot in of.tolist()])
+        if len(crowded):
+            self._bias(logits, crowded, sites)
+            self._ban_ids(logits, crowded, sites, sites.positions + 1 - slots.prompt_len[of])
+        by_sequences = np.flatnonzero(slots.has_bad_sequences[of])
+        if len(by_sequences):
+            self._ban_sequences(logits, sites, by_sequences)
+
+    def _draw_by_tables(self, logits: Tensor, sites: Sites, tables: DeviceTables) -> tuple[Tensor, Tensor]:
+        """``(tokens [S] int64, status [S] uint8)``."""
+        of = sites.slots
         slot_index, positions = send(self.device, of.astype(np.int32), sites.positions.astype(np.int32))
-        tokens, found = sample_slots(logits, slot_index, positions, tables.sampling, bool(slots.plain[of].all()))
-        return tokens.long(), torch.where(status == OK, found, status)
+        tokens, status = sample_slots(logits, slot_index, positions, tables.sampling, bool(self.slots.plain[of].all()))
+        return tokens.long(), status
 
     # -- changes to logits, in their order -----------------------------------------------------------------------------
 
@@ -161,6 +174,7 @@ class Sampler:
             change.apply_masks(logits, self._index(sites.masked), masks)
 
     def _bias(self, logits: Tensor, chosen: np.ndarray, sites: Sites) -> None:
+        """Add the biases of the sites ``chosen``."""
         extras = [self.slots.of(slot) for slot in sites.slots[chosen]]
         self._add(logits, chosen, [e.bias_ids for e in extras], np.concatenate([e.bias_values for e in extras]))
 
