@@ -148,7 +148,7 @@ class AllowedNodes:
                 address.host, address.port, type=socket.SOCK_STREAM), RESOLVE_SECONDS)
         except (OSError, UnicodeError, asyncio.TimeoutError):
             raise HttpError('LMD-561', url=address.url, reason='its name cannot be resolved', param='url') from None
-        addresses = [str(entry[4][0]) for entry in found]
+        addresses = sorted((str(entry[4][0]) for entry in found), key=lambda ip: (':' in ip, ip))  # always the same
         for ip in addresses:
             self.check(address, ip)
         return NodeAddress(address.scheme, address.host, address.port, addresses[0])

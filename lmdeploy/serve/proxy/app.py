@@ -16,7 +16,7 @@ from lmdeploy.serve.openai.answers import ModelCard, ModelList, ModelPermission
 from lmdeploy.serve.operations import EXPOSITION, HealthInfo
 from lmdeploy.serve.proxy import asked
 from lmdeploy.serve.proxy.context import ProxyContext
-from lmdeploy.serve.proxy.forward import Begun, Call, Passage
+from lmdeploy.serve.proxy.forward import Begun, Call, Passage, first_of
 from lmdeploy.serve.proxy.metrics import Outcome, ProxyExposition
 from lmdeploy.serve.proxy.registry import Done, Registry
 from lmdeploy.serve.routes import Routes
@@ -114,7 +114,7 @@ class Through:
         passage = Passage()
         chunks = self._pass(request, call, passage)
         try:
-            first = await anext(chunks, None)
+            first = await first_of(chunks)
         except BaseException:
             await chunks.aclose()
             raise

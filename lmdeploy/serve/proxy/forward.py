@@ -3,7 +3,8 @@ the bytes of the answer back as they come.
 
 Nothing has been sent until a node has sent the first byte of its body. Whatever fails before that happens elsewhere
 again: the connection, a node that dies, one that is taken out while it is waited for, one that says 503 or refuses the
-proxy's own key. After it, a failure ends the answer with an error that the client sees.
+proxy's own key. After it, a failure ends the answer with an error that the client sees. A request on which two nodes
+have died is not sent to a third: it may be the cause.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lmdeploy.serve.proxy.nodes import Node, NodeTable
 from lmdeploy.serve.proxy.strategies import Strategy
 
 MOST_TRIES = 4
+MOST_DEATHS = 2  # of nodes that had the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,17 @@ class Passage:
 
 
 class NodeError(Exception):
-    """A node did not answer as it should; the text is for the log."""
+    """A node did not answer as it should; the text is for the log.
 
-    def __init__(self, reason: str, *, certain: bool = False, silent: bool = False) -> None:
+    Attributes:
+        certain: nobody listens there.
+        silent: it may be at work on the request.
+        dead: it had the request, and broke off.
+    """
+
+    def __init__(self, reason: str, *, certain: bool = False, silent: bool = False, dead: bool = False) -> None:
         super().__init__(reason)
-        self.certain, self.silent = certain, silent
+        self.certain, self.silent, self.dead = certain, silent, dead
 
 
 class Forwarder:
@@ -90,7 +98,7 @@ class Forwarder:
         """
         order = self._strategy(self._nodes.serving(self._model(call.asked)), call.asked.affinity, self._chance)
         order = order[:MOST_TRIES]
-        failed = 0
+        failed = deaths = 0
         for left, node in zip(reversed(range(len(order))), order):
             try:
                 await self._try(node, call, passage)
@@ -100,6 +108,9 @@ class Forwarder:
                 if error.silent:  # it may be at work on it: not again
                     raise HttpError('LMD-566', seconds=self._silence) from error
                 failed += 1
+                deaths += error.dead
+                if deaths == MOST_DEATHS:
+                    break
                 self._retries['failed'] += bool(left)
                 continue
             if passage.status == 503 and left:
@@ -129,12 +140,12 @@ class Forwarder:
         """
         passage.node, passage.chunks = node.url, None
         chunks = self._chunks(node, call, passage)
-        first = asyncio.ensure_future(anext(chunks, None))
+        first = asyncio.ensure_future(first_of(chunks))
         lost = asyncio.ensure_future(node.lost.wait())
         try:
             await asyncio.wait({first, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
-                raise NodeError('it was taken out before it answered')
+                raise NodeError('it was taken out before it answered', dead=True)
             passage.chunks = Begun(first.result(), chunks)
         finally:
             lost.cancel()
@@ -162,19 +173,21 @@ class Forwarder:
                 raise NodeError(reason_of(error), certain=True) from error
             except httpx.TimeoutException as error:
                 raise NodeError(reason_of(error), silent=True) from error
+            except httpx.LocalProtocolError as error:  # of the request, not of the node
+                raise HttpError('LMD-512', param='headers', reason='a header field cannot be passed on') from error
             except httpx.HTTPError as error:
-                raise NodeError(reason_of(error)) from error
+                raise NodeError(reason_of(error), dead=True) from error
             try:
                 self._begin(response, passage)
                 async for chunk in response.aiter_raw():
                     if chunk:
                         yield chunk
             except httpx.HTTPError as error:
-                raise NodeError(reason_of(error), silent=isinstance(error, httpx.TimeoutException)) from error
+                silent = isinstance(error, httpx.TimeoutException)
+                raise NodeError(reason_of(error), silent=silent, dead=not silent) from error
             finally:
                 await response.aclose()
-        if response.status_code < 500:
-            node.finished(time.monotonic() - started)
+        node.finished(time.monotonic() - started if response.status_code < 400 else None)
 
     def _begin(self, response: httpx.Response, passage: Passage) -> None:
         status = response.status_code
@@ -213,6 +226,14 @@ class Forwarder:
                 raise HttpError('LMD-565') from error
             if cutter is not None and (rest := cutter.flush()):
                 yield rest
+
+
+async def first_of(chunks: Chunks) -> bytes | None:
+    """The first piece; None: there is none."""
+    try:
+        return await anext(chunks)
+    except StopAsyncIteration:
+        return None
 
 
 class Begun:

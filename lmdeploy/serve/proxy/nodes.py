@@ -79,11 +79,12 @@ class Node:
         finally:
             self.unfinished -= 1
 
-    def finished(self, seconds: float) -> None:
-        """The node has answered a request to the end."""
+    def finished(self, seconds: float | None) -> None:
+        """The node has answered a request to the end, in so many seconds; None: the answer was an error."""
         self.failures = 0
         self.served += 1
-        self.latencies.append((self.clock(), seconds))
+        if seconds is not None:
+            self.latencies.append((self.clock(), seconds))
 
     def fail(self, reason: str, *, certain: bool = False) -> None:
         """The node did not do what it should. ``certain``: nobody listens there."""

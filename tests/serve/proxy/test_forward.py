@@ -117,28 +117,78 @@ def test_a_stream_passes_unbuffered_and_byte_for_byte():
     run(main())
 
 
-@pytest.mark.parametrize('stream', [False, True])
-def test_a_node_that_dies_before_the_first_byte_is_replaced(stream):
-    async def headers_only(node, asked, writer):
-        writer.write(EVENTS)
-        await writer.drain()
-        await asyncio.sleep(0.05)
-        writer.transport.abort()
+async def headers_only(node, asked, writer):
+    writer.write(EVENTS)
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.transport.abort()
 
+
+@pytest.mark.parametrize('kind', [die, headers_only])
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_node_that_dies_before_the_first_byte_is_replaced(stream, kind):
     async def main():
         async with AsyncExitStack() as stack:
             running = await stack.enter_async_context(proxy(heartbeat_seconds=100, chance=random.Random(1)))
-            bad = [await stack.enter_async_context(FakeNode('dead', kind).run()) for kind in (die, headers_only)]
+            bad = [await stack.enter_async_context(FakeNode('dead', kind).run())]
             good = await stack.enter_async_context(FakeNode('good').run())
             await running.join(*bad, good)
             for _ in range(20):
                 found = await running.http.post(PATH, json=STREAM if stream else CHAT)
                 assert found.status_code == 200 and 'good' in found.text and 'dead' not in found.text
-            assert len(good.asked) == 20 and [len(node.asked) for node in bad] == [3, 3]
+            assert len(good.asked) == 20 and [len(node.asked) for node in bad] == [3]
             status = await running.status()
-            assert [status[node.url]['up'] for node in (*bad, good)] == [False, False, True]
-            assert running.context.metrics.retries['failed'] == sum(len(node.asked) for node in bad)
+            assert [status[node.url]['up'] for node in (*bad, good)] == [False, True]
+            assert running.context.metrics.retries['failed'] == 3
             await running.settled()
+
+    run(main())
+
+
+def test_a_request_that_kills_two_nodes_is_sent_to_no_third():
+    async def main():
+        async with AsyncExitStack() as stack:
+            running = await stack.enter_async_context(proxy(heartbeat_seconds=100))
+            nodes = [await stack.enter_async_context(FakeNode(answer=die).run()) for _ in range(4)]
+            await running.join(*nodes)
+            found = await running.http.post(PATH, json=CHAT)
+            assert (found.status_code, found.json()['error']['code']) == (502, 'node_failed')
+            assert sum(len(node.asked) for node in nodes) == 2
+            assert all(node['up'] for node in (await running.status()).values())
+
+    run(main())
+
+
+def test_nodes_that_are_not_there_cost_no_request():
+    async def main():
+        async with FakeNode('good').run() as good, proxy(heartbeat_seconds=100) as running:
+            for _ in range(3):
+                async with FakeNode().run() as gone:
+                    await running.join(gone)
+            await running.join(good)
+            for _ in range(6):
+                assert (await running.http.post(PATH, json=CHAT)).json() == {'node': 'good'}
+            assert [node['up'] for node in (await running.status()).values()].count(True) >= 1
+
+    run(main())
+
+
+@pytest.mark.parametrize('value', [b'a\x01b', b'a\x7fb', b'\xff\xfe', b'\x00', b' a ', b'a\x0bb', b'\t'])
+def test_no_header_of_a_client_harms_a_node(value):
+    async def main():
+        async with FakeNode().run() as node, proxy() as running:
+            await running.join(node)
+            body = json.dumps(CHAT).encode()
+            for name in (b'User-Agent', b'Accept', b'traceparent', b'X-Request-Id'):
+                for _ in range(4):
+                    reader, writer = await asyncio.open_connection('127.0.0.1', int(running.url.rsplit(':', 1)[1]))
+                    writer.write(b'POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                                 b'%s: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s' % (
+                                     PATH.encode(), name, value, len(body), body))
+                    found = await reader.read()
+                    assert found.split(b' ')[1] in (b'200', b'400')
+                    writer.close()
+            assert (await running.status())[node.url]['failures'] == 0
 
     run(main())
 
@@ -391,7 +441,7 @@ def test_many_streams_under_a_node_that_is_killed():
             found = [answer.text for answer in await asyncio.gather(*tasks)]
             assert len(a.asked) == len(b.asked) == 30
             ends = [text.endswith('data: [DONE]\n\n') for text in found]
-            assert ends.count(True) == 30
+            assert 30 <= ends.count(True) < 60  # those that had got nothing yet have moved
             assert all(end or '"code":"node_failed"' in text.split('\n\n')[-2] for text, end in zip(found, ends))
             await running.settled()
 
