@@ -76,7 +76,7 @@ class ModelRunner:
         Raises:
             ConfigError, LoadError: what is wrong with the options, the model, or the memory.
         """
-        checkpoint = self._given_checkpoint or self._open()
+        checkpoint = self._open()
         try:
             self._prepare(checkpoint)
             self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
@@ -171,7 +171,7 @@ class ModelRunner:
 
     def _open(self) -> Checkpoint:
         if self.engine.load_format != 'dummy':
-            return open_checkpoint(self.path)
+            return self._given_checkpoint or open_checkpoint(self.path)
         values = read_config(self.path)
         config = ModelConfig.from_dict(values, session_len=self.engine.session_len,
                                        rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
