@@ -62,7 +62,7 @@ class Scheduler:
         self.pool = BlockPool(capacity.num_blocks, debug=debug)
         self.counters = Counters()
         self.running: list[Request] = []  # by rank
-        self.waiting = WaitingQueue(quantum=self.step_tokens)
+        self.waiting = WaitingQueue()
         self.groups = Groups(private=not prefix_caching)
         self.requests: dict[str, Request] = {}  # unfinished
         self.by_slot: list[Request | None] = [None] * self.slots  # finished ones too while steps touch them

@@ -15,6 +15,9 @@ from operator import attrgetter
 
 from lmdeploy.engine.request import Request
 
+QUANTUM = 64
+"""Prompt tokens that each tenant may bring in a round: so few that a turn is seldom more than one or two requests, as
+whoever waits for a turn waits for as many answers to end."""
 _seq = attrgetter('seq')
 
 
@@ -85,7 +88,7 @@ class WaitingQueue:
         quantum: prompt tokens that each tenant may bring in a round.
     """
 
-    def __init__(self, quantum: int) -> None:
+    def __init__(self, quantum: int = QUANTUM) -> None:
         self._quantum = quantum
         self._levels: dict[int, _Level] = {}
         self._order: list[int] = []  # priorities that wait, ascending

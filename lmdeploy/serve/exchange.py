@@ -116,7 +116,8 @@ class Exchange:
         logger = get_logger()
         if isinstance(error, LmdeployError):
             level = logger.error if told.status == 500 else logger.info
-            level('request %s: %d %s: %r', self.request.id, told.status, told.code, str(error)[:500])
+            why = repr(str(error)[:500]) if told.status >= 500 else error.code  # others' texts quote what was sent
+            level('request %s: %d %s: %s', self.request.id, told.status, told.code, why)
         else:
             logger.error('request %s: %s %s failed', self.request.id, self.request.method, self.request.path[:200],
                          exc_info=error)

@@ -64,6 +64,14 @@ def test_a_tenant_with_many_requests_does_not_hold_up_another():
     assert order[:20].count('few') == 5
 
 
+def test_short_prompts_do_not_make_a_turn_long():
+    queue = WaitingQueue()
+    for seq in range(100):
+        queue.push(request(seq, 'many', length=20))
+    queue.push(request(100, 'few', length=20))
+    assert [one.tenant for one in admit_all(queue)].index('few') <= 4
+
+
 def test_shares_are_in_tokens_not_in_requests():
     queue = WaitingQueue(quantum=100)
     for seq in range(400):
