@@ -47,6 +47,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     config = normalise(backend_config)
 
     from lmdeploy.chat import resolve_template
+    from lmdeploy.config.encoder import refuse_encoder
     from lmdeploy.engine.client import ThreadClient
     from lmdeploy.engine.core import EngineCore
     from lmdeploy.executor.local import LocalExecutor
@@ -58,6 +59,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
 
     files = resolve(model_path, revision=getattr(backend_config, 'revision', None),
                     download_dir=getattr(backend_config, 'download_dir', None))
+    refuse_encoder(files.path)
     with open_checkpoint(files.path) as checkpoint:  # every header is sound before anything else is read
         executor = LocalExecutor(config, files.path, checkpoint=checkpoint)
         tokenizer = Tokenizer(str(files.path))

@@ -12,6 +12,7 @@ from collections import deque
 from lmdeploy.engine.faults import contained, fatal
 from lmdeploy.engine.metrics import EngineStats
 from lmdeploy.engine.plan import StepPlan
+from lmdeploy.engine.pooled import PooledScheduler
 from lmdeploy.engine.request import Drafter, EngineInput, Finish, TokenDelta
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.errors import EngineDead, LmdeployError
@@ -34,7 +35,11 @@ class EngineCore:
     def __init__(self, executor: Executor, capacity: Capacity, *, depth: int = 1, prefix_caching: bool = False,
                  drafter: Drafter | None = None, debug: bool = False) -> None:
         self.executor = executor
-        self.scheduler = Scheduler(capacity, prefix_caching=prefix_caching, drafter=drafter, debug=debug)
+        self.scheduler: Scheduler | PooledScheduler
+        if capacity.pooling is not None:
+            self.scheduler = PooledScheduler(capacity)
+        else:
+            self.scheduler = Scheduler(capacity, prefix_caching=prefix_caching, drafter=drafter, debug=debug)
         self.depth = depth
         self.launched: deque[tuple[StepPlan, StepHandle]] = deque()
         self.dead: LmdeployError | None = None  # why no request is served any more

@@ -23,11 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy.config.encoder import is_encoder
 from lmdeploy.engine import wire
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.faults import fatal
 from lmdeploy.engine.request import EngineInput
-from lmdeploy.engine.serving import serve
+from lmdeploy.engine.serving import plain_intake, serve
 from lmdeploy.errors import LmdeployError
 from lmdeploy.log import get_logger
 
@@ -99,9 +100,11 @@ def load_engine(load: wire.Load, tell: Callable[[str], None]) -> Engine:
         ConfigError, LoadError, TemplateError: as :func:`lmdeploy.pipeline` does.
     """
     tell('importing torch')
+    path = Path(load.path)
+    if is_encoder(path):
+        return _load_encoder(load, path, tell)
     from lmdeploy.executor.local import LocalExecutor
 
-    path = Path(load.path)
     executor = LocalExecutor(load.config, path)
     tell('loading the model')
     tokenizer = _load_tokenizer(path)
@@ -109,6 +112,16 @@ def load_engine(load: wire.Load, tell: Callable[[str], None]) -> Engine:
     core = EngineCore(executor, capacity, depth=load.config.depth_on(capacity.device),
                       prefix_caching=load.config.prefix_caching)
     return Engine(core, executor.model_config.context_len, Intake(tokenizer, capacity.vocab_size), executor.stop)
+
+
+def _load_encoder(load: wire.Load, path: Path, tell: Callable[[str], None]) -> Engine:
+    from lmdeploy.executor.encoder import EncoderExecutor
+
+    executor = EncoderExecutor(load.config, path)
+    tell('loading the model')
+    capacity = executor.start()
+    core = EngineCore(executor, capacity, depth=load.config.depth_on(capacity.device))
+    return Engine(core, executor.context_len, plain_intake, executor.stop)
 
 
 def _load_tokenizer(path: Path) -> Future[Tokenizer]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor, GuessingDrafter, next_token, score
+from lmdeploy.engine.intake import longest
 from lmdeploy.engine.request import Drafter, EngineInput, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.base import Capacity
@@ -126,7 +127,7 @@ class CheckedEngine:
 
     def submit(self, given: EngineInput) -> None:
         """Hand a request in."""
-        expected = alone(given, self.core.scheduler.session_len)
+        expected = alone(given, longest(self.core.scheduler.capacity))
         self.answers[given.id] = Answer(given, expected)
         self._scopes.setdefault((given.salt, given.tenant), {})[given.id] = given.tokens + expected.tokens
         self.core.submit(given)

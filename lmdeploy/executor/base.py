@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lmdeploy.config.encoder import Pooling
 from lmdeploy.engine.plan import StepPlan, StepResult
 
 
@@ -13,7 +14,8 @@ class Capacity:
     """What the started device side can hold: facts that are derived, never configured.
 
     ``num_blocks`` counts usable blocks; block 0 is the null block and not among them: usable ids are
-    ``1 .. num_blocks``.
+    ``1 .. num_blocks``. With ``pooling`` the model is an encoder: requests are whole texts that become one vector each,
+    and there are no blocks.
     """
 
     num_blocks: int
@@ -25,6 +27,7 @@ class Capacity:
     kv_bytes: int = 0
     device: str = 'cpu'
     choices: dict[str, str] = field(default_factory=dict)  # 'attention' -> 'cpu_spans', ..., for the start line
+    pooling: Pooling | None = None
 
 
 class StepHandle(Protocol):

@@ -33,6 +33,8 @@ from lmdeploy.messages import FinishReason, GenerationConfig
 from lmdeploy.tokenizer.detokenize import Detokenizer
 from lmdeploy.tokenizer.stops import StopFilter
 
+POOLED = SamplingParams(max_new_tokens=0, output_hidden='all')
+NO_TEXT = params.TextRules((), False, True, True, False)
 MAX_CHARS_PER_TOKEN = 8  # a prompt of more characters than this per token of context is refused unread
 
 
@@ -100,12 +102,17 @@ class AsyncFrontend:
 
     def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
                 sequence_start: bool = True, tools: list[dict] | None = None, enable_thinking: bool | None = None,
-                chat_template_kwargs: dict[str, Any] | None = None) -> Prepared:
+                chat_template_kwargs: dict[str, Any] | None = None, pooled: bool = False) -> Prepared:
         """Template, tokens, limits, parameters. Thread-safe, so that long prompts need not hold up an event loop.
+
+        ``pooled`` requests want one vector of the prompt. An encoder has no others, and needs of ``gen`` nothing; of a
+        decoder, ``gen`` asks for it.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served (LMD-301 and following).
         """
+        if self.capacity.pooling is not None:
+            return self._prepare_pooled(prompt, pooled)
         params.check(gen, self.capacity.vocab_size)
         tokens = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking, chat_template_kwargs)
         if not tokens:
@@ -118,6 +125,18 @@ class AsyncFrontend:
         choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len,
                                         continues=prompt.text is not None and not do_preprocess)
         return Prepared(tokens, choices, rules, read_format(gen.response_format))
+
+    def _prepare_pooled(self, prompt: Prompt, pooled: bool) -> Prepared:
+        """A request of an encoder."""
+        if not pooled:
+            raise RequestError('LMD-308')
+        tokens = self._tokens(prompt, False, True, None, None, None)
+        if not tokens:
+            raise RequestError('LMD-302')
+        if len(tokens) > self.capacity.session_len:
+            raise RequestError('LMD-309', prompt_len=len(tokens), session_len=self.capacity.session_len,
+                               model_len=self.model_len)
+        return Prepared(tokens, [POOLED], NO_TEXT)
 
     def _parts(self, prompt: Prompt, total: int) -> str:
         """What the tokens of a prompt that is too long are spent on."""

@@ -47,6 +47,8 @@ FAULTS: dict[str, Fault] = {
     'LMD-301': TOO_LONG,
     'LMD-307': TOO_LONG,
     'LMD-304': UNSUPPORTED,
+    'LMD-308': UNSUPPORTED,
+    'LMD-309': TOO_LONG,
     'LMD-313': UNSUPPORTED,
     'LMD-317': UNSUPPORTED,
     'LMD-207': Fault(503, 'server_error', 'out_of_memory', hidden=True),

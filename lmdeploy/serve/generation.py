@@ -33,6 +33,7 @@ class Work:
     tools: list[dict[str, Any]] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    pooled: bool = False
 
 
 @dataclass(slots=True)
@@ -135,7 +136,8 @@ async def _prepare(context: ServerContext, frontend: AsyncFrontend, works: Seque
     def prepare() -> list[Prepared]:
         return [frontend.prepare(work.prompt, work.gen, do_preprocess=work.do_preprocess,
                                  sequence_start=work.sequence_start, tools=work.tools,
-                                 enable_thinking=work.enable_thinking, chat_template_kwargs=work.chat_template_kwargs)
+                                 enable_thinking=work.enable_thinking, chat_template_kwargs=work.chat_template_kwargs,
+                                 pooled=work.pooled)
                 for work in works]
 
     return await asyncio.get_running_loop().run_in_executor(context.pool, prepare)

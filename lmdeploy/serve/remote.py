@@ -8,6 +8,7 @@ from pathlib import Path
 from lmdeploy.chat import resolve_template
 from lmdeploy.chat.config import ChatTemplateConfig
 from lmdeploy.chat.template import ChatTemplate
+from lmdeploy.config.encoder import is_encoder
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.remote import Health, ProcessClient
 from lmdeploy.frontend.frontend import AsyncFrontend
@@ -62,4 +63,5 @@ class ProcessEngine:
 
     def _read(self) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = Tokenizer(str(self._path))
-        return tokenizer, resolve_template(str(self._path), tokenizer, self._template)
+        template = ChatTemplateConfig('base') if is_encoder(self._path) else self._template  # which has no chats
+        return tokenizer, resolve_template(str(self._path), tokenizer, template)

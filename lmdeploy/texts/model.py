@@ -40,4 +40,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': "no kernel multiplies weights of scheme '{scheme}' on {device}: {reasons}.",
         'zh': "没有内核能在 {device} 上计算 '{scheme}' 格式的权重：{reasons}。",
     },
+    'LMD-119': {
+        'en': '{model} makes vectors of texts and writes none. Serve it with lmdeploy serve api_server and ask '
+              '/v1/embeddings, or choose a chat model.',
+        'zh': '{model} 只生成文本向量，不能生成文本。请用 lmdeploy serve api_server 部署并调用 /v1/embeddings，或改用对话模型。',
+    },
 }

@@ -33,6 +33,16 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'the prompt has {chars} characters, far more than {session_len} tokens of context can hold. Shorten it.',
         'zh': '提示词有 {chars} 个字符，远超 {session_len} 个 token 的上下文容量。请缩短提示词。',
     },
+    'LMD-308': {
+        'en': 'this model makes vectors of texts and writes none. Ask /v1/embeddings, or serve a chat model.',
+        'zh': '该模型只生成文本向量，不能生成文本。请使用 /v1/embeddings，或改用对话模型。',
+    },
+    'LMD-309': {
+        'en': 'the input has {prompt_len} tokens, but this model is served for texts of at most {session_len}. Cut it into '
+              'pieces, or raise session_len (the model has positions for {model_len}).',
+        'zh': '输入共 {prompt_len} 个 token，而此模型最多处理 {session_len} 个。请切分输入，或增大 session_len'
+              '（模型的位置上限为 {model_len}）。',
+    },
     'LMD-310': {
         'en': 'generation parameter {field}={value} is out of range. Give a number from {low} to {high}.',
         'zh': '生成参数 {field}={value} 超出范围。请给出 {low} 到 {high} 之间的数。',

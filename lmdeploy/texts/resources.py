@@ -54,4 +54,9 @@ TEXTS: dict[str, dict[str, str]] = {
               '{batch} 行的单步计算 {workspace} 后只剩 {left}。三种办法：session_len={fits} 或更小；'
               '更小的模型或 max_batch_size；或再释放 {missing} 内存。',
     },
+    'LMD-209': {
+        'en': 'session_len={session_len} is more than the {most} tokens that the model has positions for. Give at most '
+              'that, or leave it out.',
+        'zh': 'session_len={session_len} 超过模型的位置上限 {most}。请设为不超过该值，或省略。',
+    },
 }

@@ -1,4 +1,8 @@
-"""``POST /v1/embeddings``: the hidden state of each input's last token, at unit length."""
+"""``POST /v1/embeddings``: one vector per input.
+
+An encoder's is what its own files say (see :class:`lmdeploy.config.encoder.Pooling`), a decoder's is the hidden state
+of the input's last token, at length 1.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from lmdeploy.serve.openai.convert import raw_prompts
 from lmdeploy.serve.openai.protocol import EmbeddingRequest
 
 POOL = GenerationConfig(max_new_tokens=1, output_last_hidden_state='generation', ignore_eos=True)
-"""The one generated token is drawn from the last position of the input, and of that position alone comes a row."""
+"""For a decoder: the one generated token is drawn from the last position of the input, and of that position alone comes
+a row."""
 
 
 class Embeddings:
@@ -30,7 +35,7 @@ class Embeddings:
         context = self.context
         request.model = body.model
         context.check_model(body.model)
-        works = [Work(prompt, replace(POOL), do_preprocess=False)
+        works = [Work(prompt, replace(POOL), do_preprocess=False, pooled=True)
                  for prompt in raw_prompts(body.input, context.limits, 'input')]
         rows: list[np.ndarray] = [np.zeros(0)] * len(works)
         async with generate(context, request, works) as answers:
@@ -41,13 +46,18 @@ class Embeddings:
         width = min(len(row) for row in rows)
         if body.dimensions is not None and body.dimensions > width:
             raise HttpError('LMD-512', param='dimensions', reason=f'the model has {width}')
-        data = [Embedding(index=i, embedding=_spell(_unit(row[:body.dimensions]), body.encoding_format == 'base64'))
+        pooling = context.frontend_loaded().capacity.pooling
+        unit = pooling is None or pooling.normalise
+        data = [Embedding(index=i, embedding=_spell(_cut(row, body.dimensions, unit), body.encoding_format == 'base64'))
                 for i, row in enumerate(rows)]
         return json_reply(EmbeddingList(data=data, model=body.model,
                                         usage=EmbeddingUsage(prompt_tokens, prompt_tokens)))
 
 
-def _unit(row: np.ndarray) -> np.ndarray:
+def _cut(row: np.ndarray, dimensions: int | None, unit: bool) -> np.ndarray:
+    row = row[:dimensions]
+    if not unit:
+        return row.astype('<f4')
     length = float(np.linalg.norm(row.astype(np.float64)))
     return (row / (length or 1.0)).astype('<f4')
 

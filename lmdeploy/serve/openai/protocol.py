@@ -256,7 +256,7 @@ class DetokenizeRequest(Body):
 
 
 class EmbeddingRequest(Body):
-    """``POST /v1/embeddings``: the hidden state of each input's last token, at unit length."""
+    """``POST /v1/embeddings``: texts as vectors, a model's own way of pooling, or the last token's hidden state."""
 
     model: str
     input: str | Many[str] | Many[Token] | Many[Many[Token]]
