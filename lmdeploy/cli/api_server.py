@@ -370,10 +370,12 @@ def _banner(context: ServerContext, screen: Screen, url: str) -> None:
     capacity = context.frontend_loaded().capacity
     model = context.model_names[0]
     key = ' -H "Authorization: Bearer $KEY"' if context.keys.required else ''
-    curl = (f'curl {url}/v1/chat/completions -H "Content-Type: application/json"{key} '
-            f"""-d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'""")
-    screen.note('serve_ready', models=', '.join(context.model_names), url=url, page=f'{url}/' if context.page else '-',
-                docs=f'{url}/docs' if context.docs else '-', session_len=capacity.session_len,
-                kv_tokens=capacity.num_blocks * capacity.block_size, kv_gib=capacity.kv_bytes / 2**30,
-                batch=capacity.max_batch_size, keys=len(context.keys))
+    encoder = capacity.pooling is not None
+    path, what = ('embeddings', '"input": "Hello"') if encoder else (
+        'chat/completions', '"messages": [{"role": "user", "content": "Hello"}]')
+    curl = f"""curl {url}/v1/{path} -H "Content-Type: application/json"{key} -d '{{"model": "{model}", {what}}}'"""
+    screen.note('serve_ready_embeddings' if encoder else 'serve_ready', models=', '.join(context.model_names), url=url,
+                page=f'{url}/' if context.page else '-', docs=f'{url}/docs' if context.docs else '-',
+                session_len=capacity.session_len, kv_tokens=capacity.num_blocks * capacity.block_size,
+                kv_gib=capacity.kv_bytes / 2**30, batch=capacity.max_batch_size, keys=len(context.keys))
     print(printable(curl), file=sys.stderr, flush=True)  # one line, whatever the terminal's width: it is to be copied

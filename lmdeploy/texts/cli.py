@@ -102,6 +102,14 @@ NOTES: dict[str, dict[str, str]] = {
               '上下文 {session_len} 个 token，KV 缓存 {kv_tokens} 个 token（{kv_gib:.1f} GiB），同时处理 {batch} 个请求\n'
               'API key 数量：{keys}。试一试：',
     },
+    'serve_ready_embeddings': {
+        'en': '{models} at {url} (API at {url}/v1, documentation at {docs}, metrics at {url}/metrics)\n'
+              'makes vectors of texts of up to {session_len} tokens, {batch} at a time\n'
+              'API keys: {keys}. Try:',
+        'zh': '{models} 已就绪：{url}（API：{url}/v1，文档：{docs}，指标：{url}/metrics）\n'
+              '生成文本向量：每段文本最多 {session_len} 个 token，同时处理 {batch} 段\n'
+              'API key 数量：{keys}。试一试：',
+    },
     'serve_loading': {
         'en': 'Loading {model}; {url}/health tells how far it is.',
         'zh': '正在加载 {model}；可通过 {url}/health 查看进度。',
