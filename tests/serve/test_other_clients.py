@@ -39,6 +39,7 @@ def openai_client(running, key='token'):
 def test_anthropic_answers_streams_and_counts_alike(keyed):
     server, running = keyed
     api = claude(running)
+    assert api.models.list().data[0].id == MODEL
     whole = api.messages.create(**ASK)
     assert whole.role == 'assistant' and whole.stop_reason == 'max_tokens' and whole.usage.output_tokens == 20
     with api.messages.stream(**ASK) as stream:
