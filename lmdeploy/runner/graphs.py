@@ -95,6 +95,9 @@ class GraphRunner:
         on_gpu = self.device.type != 'cpu'
         size = 4 * max_batch + 1
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
+        # a graph keeps no tensor alive: what it reads belongs to the runner
+        self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=self.device)
+        self._output_rows = torch.arange(max_batch, device=self.device)
         self._staged = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(RING)]
         self._arrays = [staged.numpy() for staged in self._staged]
         self._results = torch.zeros(RING, 2 * max_batch, dtype=torch.int32, device=self.device)
@@ -184,8 +187,7 @@ class GraphRunner:
         size = self.slots.block_size
         tables = self.tables
         max_kv = min(tables.blocks.shape[1] * size, self.slots.session_len)
-        query_start = torch.arange(bucket + 1, dtype=torch.int32, device=self.device)
-        output_rows = torch.arange(bucket, device=self.device)
+        query_start, output_rows = self._query_start[: bucket + 1], self._output_rows[:bucket]
 
         def step() -> None:
             token_ids, positions, kv_slots, kv_lens = decode_inputs(
