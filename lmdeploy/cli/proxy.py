@@ -129,9 +129,9 @@ def _serve(args: argparse.Namespace, screen: Screen, context: ProxyContext, new_
     url = f'{"http" if tls is None else "https"}://{host}:{sock.getsockname()[1]}'
 
     def ready() -> None:
-        screen.note('proxy_ready', url=url, strategy=context.strategy, keys=len(context.keys), nodes=len(context.nodes))
         if new_key is not None:
             screen.note('proxy_key', key=new_key)
+        screen.note('proxy_ready', url=url, strategy=context.strategy, keys=len(context.keys), nodes=len(context.nodes))
         print(f'lmdeploy serve api_server MODEL --proxy-url {url}', file=sys.stderr, flush=True)  # to be copied
 
     watcher = Watcher(ready=ready, stats=lambda line: print(line, file=sys.stderr, flush=True),
