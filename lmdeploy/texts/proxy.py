@@ -51,4 +51,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'the file of the nodes, {path}, cannot be used: {reason}. Delete it, or start with --disable-cache-status.',
         'zh': '节点记录文件 {path} 不可用：{reason}。请删除该文件，或用 --disable-cache-status 启动。',
     },
+    'LMD-572': {
+        'en': 'the proxy has no file descriptors left for connections to nodes. Try again soon; the limit is that of '
+              '"ulimit -n".',
+        'zh': '代理已没有可用于连接节点的文件描述符。请稍后重试；上限由 "ulimit -n" 决定。',
+    },
 }

@@ -26,7 +26,7 @@ from lmdeploy.serve.middleware import Header
 from lmdeploy.serve.proxy import headers as fields
 from lmdeploy.serve.proxy.asked import Asked
 from lmdeploy.serve.proxy.events import EventCutter
-from lmdeploy.serve.proxy.links import Links, reason_of
+from lmdeploy.serve.proxy.links import Links, reason_of, starved
 from lmdeploy.serve.proxy.nodes import Node, NodeTable
 from lmdeploy.serve.proxy.strategies import Strategy
 
@@ -170,6 +170,8 @@ class Forwarder:
             except httpx.ConnectTimeout as error:
                 raise NodeError(reason_of(error)) from error
             except httpx.ConnectError as error:
+                if starved(error):
+                    raise HttpError('LMD-572', retry_after=1) from error
                 raise NodeError(reason_of(error), certain=True) from error
             except httpx.TimeoutException as error:
                 raise NodeError(reason_of(error), silent=True) from error

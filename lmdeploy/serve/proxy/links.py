@@ -10,6 +10,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 
 from lmdeploy.serve.errors import HttpError
+from lmdeploy.serve.listener import STARVED
 from lmdeploy.serve.middleware import Header
 from lmdeploy.serve.proxy.nodes import Node
 
@@ -118,3 +119,12 @@ async def _close(node: Node, client: httpx.AsyncClient) -> None:
 def reason_of(error: Exception) -> str:
     """What went wrong, for the log and the status of a node."""
     return f'{type(error).__name__}: {error}'[:200] if str(error) else type(error).__name__
+
+
+def starved(error: BaseException | None) -> bool:
+    """Whether a connection failed for want of descriptors here: no node is to blame for that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in STARVED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -8,7 +8,7 @@ import time
 import httpx
 
 from lmdeploy.serve.errors import HttpError
-from lmdeploy.serve.proxy.links import Links
+from lmdeploy.serve.proxy.links import Links, starved
 from lmdeploy.serve.proxy.nodes import Node, NodeTable
 
 TICK_SECONDS = 0.25
@@ -54,6 +54,8 @@ class Watch:
         try:
             status, _ = await self._links.ask(node, 'GET', '/health')
         except HttpError as error:
+            if starved(error):
+                return
             node.fail(str(error.params['reason']), certain=isinstance(error.__cause__, httpx.ConnectError))
         else:
             if status == 200:

@@ -14,6 +14,8 @@ import openai
 import pytest
 
 from lmdeploy.serve.limits import Limits
+from lmdeploy.serve.listener import RESERVE
+from lmdeploy.serve.proxy.service import affordable
 from tests.serve.proxy.fakes import (
     CHAT,
     EVENTS,
@@ -439,3 +441,32 @@ def test_a_reset_of_the_client_cancels_at_once():
             await running.settled()
 
     run(main())
+
+
+def test_a_proxy_without_descriptors_blames_no_node(monkeypatch):
+    import errno
+
+    import anyio
+
+    async def no_socket(*args, **kwargs):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    async def main():
+        async with FakeNode().run() as node, proxy(heartbeat_seconds=0.1) as running:
+            await running.join(node)
+            monkeypatch.setattr(anyio, 'connect_tcp', no_socket)
+            for _ in range(4):
+                found = await running.http.post(PATH, json=CHAT)
+                assert (found.status_code, found.json()['error']['code']) == (503, 'server_busy')
+            await asyncio.sleep(0.5)
+            monkeypatch.undo()
+            assert (await running.status())[node.url]['failures'] == 0
+            assert (await running.http.post(PATH, json=CHAT)).status_code == 200
+
+    run(main())
+
+
+def test_every_connection_has_room_for_one_to_a_node(monkeypatch):
+    for found, wanted, allowed in ((10_000, 1024, 1024), (1024, 1024, (1024 - RESERVE) // 2), (10, 1024, 1)):
+        monkeypatch.setattr('lmdeploy.serve.proxy.service.descriptors', lambda most, found=found: min(found, most))
+        assert affordable(Limits(connections=wanted)).connections == allowed
