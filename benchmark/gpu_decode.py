@@ -21,6 +21,7 @@ from lmdeploy.bench.workload import Workload, fixed, sharegpt_like
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.executor.local import LocalExecutor
+from lmdeploy.log import set_level
 
 SHAPES = Path(__file__).parent / 'shapes'
 CASES = {
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument('--profile', action='store_true', help='the host side of the last case, by function')
     parser.add_argument('--kernels', action='store_true', help='the device side of each case, by kernel')
     args = parser.parse_args()
+    set_level('INFO')
     executor, core = build(args)
     vocab_size = core.scheduler.capacity.vocab_size
     begin = time.perf_counter()

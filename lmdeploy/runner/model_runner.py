@@ -7,7 +7,9 @@ A step: slots change, inputs are built, the model runs, the wanted positions giv
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
-from lmdeploy.runner.memory import BASE_WORKSPACE, MemoryPlan, gib, graph_bytes, measure, name_of, plan_memory
+from lmdeploy.runner.memory import BASE_WORKSPACE, MemoryPlan, Room, gib, graph_bytes, measure, name_of, plan_memory
 from lmdeploy.runner.profile import peak_bytes
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
@@ -78,33 +80,30 @@ class ModelRunner:
         """
         checkpoint = self._open()
         try:
-            self._prepare(checkpoint)
-            self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
-            if self.device.type != 'cpu':
-                checkpoint.upload_to(self.device)
-            self.model.load(checkpoint.prefix())
+            free = self._prepare(checkpoint).free
+            with self._stage('weights', free):
+                self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
+                if self.device.type != 'cpu':
+                    checkpoint.upload_to(self.device)
+                self.model.load(checkpoint.prefix())
             checkpoint.finish(self.model.ignore)
         finally:
             checkpoint.close()
         return_freed_memory()
-        record, on_gpu = self._record, self.device.type != 'cpu'
+        on_gpu = self.device.type != 'cpu'
+        with_tables = self._record is not None or on_gpu
         self.slots = SlotTable(self.plan.max_batch_size, self.plan.session_len, self.engine.block_size, self.device,
-                               self.model_config.vocab_size if record is not None or on_gpu else None)
+                               self.model_config.vocab_size if with_tables else None)
         if on_gpu:
-            self.plan = self._measured()
-        plan = self.plan
-        self.kv = KVCache(self.model.kv_shape, plan.num_blocks, self.engine.block_size, self.dtype, self.device)
+            with self._stage('the largest step', free):
+                self.plan = self._measured()
+        with self._stage('KV cache', free):
+            self.kv = KVCache(self.model.kv_shape, self.plan.num_blocks, self.engine.block_size, self.dtype,
+                              self.device)  # fmt: skip
         self.sampler = Sampler(self.slots)
-        if self.engine.runner != 'graph':
-            return
-        if record is None and self.device.type != 'cpu' and self.model.static:
-            record = CudaGraphs(self.device)
-        if record is None:
-            get_logger().info('the graph runner is not used on %s with %s attention: the eager runner is',
-                              self.device.type, self.model.choices()['attention'])  # fmt: skip
-            return
-        self.graphs = GraphRunner(self.model, self.kv, self.slots, plan.max_batch_size, record)
-        self.graphs.capture()
+        if self.engine.runner == 'graph':
+            with self._stage('graphs', free):
+                self._record_graphs()
 
     def stop(self) -> None:
         """Let go of model and cache; safe to call twice."""
@@ -150,15 +149,38 @@ class ModelRunner:
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
-    def _prepare(self, checkpoint: Checkpoint) -> None:
-        """Everything that can be refused without reading a weight."""
+    def _record_graphs(self) -> None:
+        """Graphs where the device has them and the model can be recorded."""
+        record = self._record
+        if record is None and self.device.type != 'cpu' and self.model.static:
+            record = CudaGraphs(self.device)
+        if record is None:
+            get_logger().info('the graph runner is not used on %s with %s attention: the eager runner is',
+                              self.device.type, self.model.choices()['attention'])  # fmt: skip
+            return
+        self.graphs = GraphRunner(self.model, self.kv, self.slots, self.plan.max_batch_size, record)
+        self.graphs.capture()
+
+    @contextmanager
+    def _stage(self, name: str, free: int) -> Iterator[None]:
+        """A part of the start: how long it takes, and what it means that memory runs out in it."""
+        begin = time.perf_counter()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ConfigError('LMD-210', device=self.device, stage=name, free=gib(free)) from error
+        get_logger().info('start: %s: %.1f s', name, time.perf_counter() - begin)
+
+    def _prepare(self, checkpoint: Checkpoint) -> Room:
+        """Everything that can be refused without reading a weight; the memory that is free."""
         engine = self.engine
         config = self._given_config or self._read_config(checkpoint, engine.session_len)
         self.generation_config = checkpoint.generation_config
         self.device = choose_device(engine.device)
         self.dtype = choose_dtype(engine.dtype, self.device, config.dtype_name)
         self.threads = limit_threads()
-        self.plan = plan_memory(engine, config, self.dtype, measure(self.device))
+        room = measure(self.device)
+        self.plan = plan_memory(engine, config, self.dtype, room)
         if self.plan.session_len != (engine.session_len or config.context_len):
             get_logger().warning(
                 'session_len is %d: the KV cache does not hold the %d tokens that the model could read',
@@ -168,6 +190,7 @@ class ModelRunner:
             get_logger().warning('session_len=%d is more than the %d tokens that the model was made for',
                                  self.plan.session_len, config.context_len)  # fmt: skip
         self.model_config = config
+        return room
 
     def _open(self) -> Checkpoint:
         if self.engine.load_format != 'dummy':

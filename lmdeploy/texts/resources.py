@@ -54,6 +54,13 @@ TEXTS: dict[str, dict[str, str]] = {
               '{batch} 行的单步计算 {workspace} 后只剩 {left}。三种办法：session_len={fits} 或更小；'
               '更小的模型或 max_batch_size；或再释放 {missing} 内存。',
     },
+    'LMD-210': {
+        'en': 'the memory of {device} ran out while the engine started, at {stage} ({free} were free before). Close other '
+              'programs that use it, or give a smaller max_prefill_token_num, max_batch_size, session_len or '
+              'cache_max_entry_count.',
+        'zh': '引擎启动时 {device} 的显存耗尽，阶段为 {stage}（启动前空闲 {free}）。请关闭占用该设备的其他程序，或减小 '
+              'max_prefill_token_num、max_batch_size、session_len 或 cache_max_entry_count。',
+    },
     'LMD-209': {
         'en': 'session_len={session_len} is more than the {most} tokens that the model has positions for. Give at most '
               'that, or leave it out.',

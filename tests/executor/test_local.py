@@ -178,3 +178,13 @@ def test_left_over_weights_are_named(folder, tmp_path):
     (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
     with pytest.raises(LoadError, match='model.layers.9.extra'):
         LocalExecutor(EngineConfig(device='cpu', num_blocks=8), tmp_path).start()
+
+
+def test_memory_that_runs_out_at_the_start_says_where(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr('lmdeploy.runner.model_runner.KVCache', full)
+    with pytest.raises(ConfigError) as caught:
+        LocalExecutor(EngineConfig(dtype='float32', device='cpu'), folder).start()
+    assert caught.value.code == 'LMD-210' and 'KV cache' in str(caught.value)
