@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmdeploy.attention.backend import AttentionCase, Rotation
 from lmdeploy.kv.cache import KVCache, KVLayer
+from lmdeploy.ops.devices import refuse_triton
 from lmdeploy.ops.rope import rope_write_kv
 from lmdeploy.runner.batch import ForwardBatch
 
@@ -42,13 +43,11 @@ class TritonPaged:
         self._workspaces: dict[tuple[torch.device, int, int], Workspace] = {}
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]:
-        reasons = [] if device.type == 'cuda' else [f'runs on cuda, not on {device.type}']
+        reasons = refuse_triton(device)
         if dtype not in DTYPES:
             reasons.append(f'no {dtype}')
         if case.head_dim > LARGEST_HEAD:
             reasons.append(f'heads of {case.head_dim} channels are larger than {LARGEST_HEAD}')
-        if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
-            reasons.append('needs compute capability 8.0')
         return reasons
 
     def prepare(self, case: AttentionCase, batch: ForwardBatch, kv: KVCache) -> Division:
@@ -56,15 +55,16 @@ class TritonPaged:
             return Division({}, None)
         from lmdeploy.ops.triton import paged_attention_decode as decode
 
-        device, group = batch.device, case.heads // case.kv_heads
-        programs = decode.programs_on(device, group, case.head_dim)
+        device, group, rows = batch.device, case.heads // case.kv_heads, batch.num_decode
+        config = decode.config_of(group, case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
+        programs = config.per_sm * decode.multiprocessors(device)
         key = device, group, case.head_dim
         workspace = self._workspaces.get(key)
         if workspace is None:
             workspace = self._workspaces[key] = decode.make_workspace(programs, group, case.head_dim, device)
-        kv_lens = batch.kv_lens[: batch.num_decode]
-        return Division({window: decode.plan_decode(kv_lens, case.kv_heads, window, programs)
-                         for window in case.windows}, workspace)
+        plans = {window: decode.plan_decode(batch.kv_lens[:rows], case.kv_heads, window, programs, config)
+                 for window in case.windows}  # fmt: skip
+        return Division(plans, workspace)
 
     def run(self, qkv: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch, scale: float,
             window: int) -> Tensor:  # fmt: skip
