@@ -7,8 +7,7 @@ that the next step never waits for a copy.
 
 Batches are rounded up to a *bucket*; padding rows run in the scratch slot on the null block. Graphs are recorded from
 the largest bucket down and share one memory pool: they run one after the other, so that all need no more memory than
-the largest. Steps whose rows are all greedy have graphs without the other sampling work; those of sampled rows are
-recorded when a bucket first needs them.
+the largest. Steps whose rows are all greedy have graphs without the other sampling work.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from lmdeploy.ops.slots import decode_inputs, keep_results, sample_slots
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.slots import SlotTable
 
+SAMPLED_AT_START = 8  # rows; larger sampled steps are recorded when they first come, which takes some 50 ms
 RING = 4  # steps whose inputs and results have memory of their own: more than are ever launched and not retired
 
 Replay = Callable[[], None]
@@ -109,11 +109,13 @@ class GraphRunner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record the graphs of greedy steps, the largest first."""
+        """Record the graphs of greedy steps, the largest first, and those of small sampled ones."""
         begin = time.perf_counter()
         for bucket in reversed(self.buckets):
             self._graph(bucket, plain=True)
-        get_logger().info('recorded %d decode graphs in %.1f s', len(self.buckets), time.perf_counter() - begin)
+            if bucket <= SAMPLED_AT_START:
+                self._graph(bucket, plain=False)
+        get_logger().info('recorded %d decode graphs in %.1f s', len(self._graphs), time.perf_counter() - begin)
 
     def serves(self, plan: StepPlan) -> bool:
         """Whether a graph can run ``plan``."""
