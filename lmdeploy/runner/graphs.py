@@ -104,6 +104,7 @@ class GraphRunner:
         self._downloads = [_Download(2 * max_batch, on_gpu) for _ in range(RING)]
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._graphs: dict[tuple[int, bool], Replay] = {}
+        self._given_up: set[tuple[int, bool]] = set()
         self._turn = 0
         self._timed: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
@@ -118,17 +119,27 @@ class GraphRunner:
         get_logger().info('recorded %d decode graphs in %.1f s', len(self._graphs), time.perf_counter() - begin)
 
     def serves(self, plan: StepPlan) -> bool:
-        """Whether a graph can run ``plan``."""
+        """Whether a graph can run ``plan``; one that is first needed is recorded now, if there is memory for it."""
         rows = plan.rows
-        return (
-            plan.num_tokens == rows and rows <= self.buckets[-1] and plan.masks is None and bool(plan.sample.all())
-            and not self.slots.odd[plan.slots].any() and not plan.drafts.any())
+        if (plan.num_tokens != rows or rows > self.buckets[-1] or plan.masks is not None or not plan.sample.all()
+                or self.slots.odd[plan.slots].any() or plan.drafts.any()):
+            return False
+        key = self._key(plan)
+        if key in self._given_up:
+            return False
+        try:
+            self._graph(*key)
+        except torch.OutOfMemoryError:
+            get_logger().warning('there is no memory for a graph of %d rows: such steps run without one', key[0])
+            self._given_up.add(key)
+            return False
+        return True
 
     def launch(self, plan: StepPlan) -> GraphStep:
         """Launch the step of ``plan``, which :meth:`serves`; its slots are open and its blocks not yet appended."""
         rows = plan.rows
-        bucket = self.buckets[bisect_left(self.buckets, rows)]
-        replay = self._graph(bucket, plain=bool(self.slots.plain[plan.slots].all()))
+        bucket, plain = self._key(plan)
+        replay = self._graph(bucket, plain)
         turn, self._turn = self._turn, (self._turn + 1) % RING
         download = self._downloads[turn]
         download.wait()
@@ -173,6 +184,10 @@ class GraphRunner:
         new[counts > 0] = plan.blocks
         self.slots.num_blocks[plan.slots] += counts
         return new
+
+    def _key(self, plan: StepPlan) -> tuple[int, bool]:
+        """Bucket and kind of the graph that runs ``plan``."""
+        return self.buckets[bisect_left(self.buckets, plan.rows)], bool(self.slots.plain[plan.slots].all())
 
     def _graph(self, bucket: int, plain: bool) -> Replay:
         found = self._graphs.get((bucket, plain))

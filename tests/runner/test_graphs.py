@@ -108,6 +108,22 @@ def test_static_buffers_give_what_the_eager_runner_gives(tmp_path):
     assert preempted.stats().preemptions > 0
 
 
+def test_a_graph_that_memory_does_not_allow_is_done_without(tmp_path):
+    recorded = []
+
+    def record(step):
+        if len(recorded) == 4:  # those of the start: one and two rows, greedy and sampled
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        recorded.append(step)
+        return step
+
+    core = start(tmp_path, record=record, max_batch_size=2)
+    core.executor._runner.graphs._graphs.clear()
+    wanted = serve(start(tmp_path, runner='eager', max_batch_size=2), requests(10))
+    assert serve(core, requests(10)) == wanted
+    assert core.executor._runner.graphs._given_up
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('options', [{}, {'num_blocks': 6}, {'max_step_tokens': 50}])
 def test_graphs_give_what_the_eager_runner_gives(options, tmp_path):
