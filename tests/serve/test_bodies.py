@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from lmdeploy.log import get_logger
 from lmdeploy.serve import auth
 from lmdeploy.serve.auth import Access, KeyRing
 from lmdeploy.serve.errors import HttpError
@@ -286,6 +287,8 @@ def test_schemas_made_to_hurt_are_answered_soon_and_hurt_nobody(serve):
 
 def test_neither_keys_nor_prompts_nor_insides_are_told(serve, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, get_logger().name)
+    monkeypatch.setattr(get_logger(), 'propagate', True)
     monkeypatch.setenv('LMDEPLOY_CANARY', 'canary-of-the-environment')
     secrets = ('key-canary', 'admin-canary', 'prompt canary', 'canary-of-the-environment')
     server = serve(keys=KeyRing(['key-canary'], ['admin-canary']), fail_at=40)
