@@ -68,9 +68,9 @@ class Exchange:
         self._writer = writer = Writer(self._send, self.request.limits)
         writer.write(first)
         async for chunk in stream.chunks:
-            writer.write(chunk)
             if stream.paced:
-                await writer.room()
+                await writer.room(len(chunk))
+            writer.write(chunk)
         await writer.finish()
 
     async def end(self) -> None:

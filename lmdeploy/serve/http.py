@@ -132,8 +132,8 @@ class Stream(Response):
             ordinary response.
         error: turns a later failure into a last piece; None: the connection is dropped, so that the client knows that
             something is missing.
-        paced: ask for the next piece only when the reader has taken most of what there is. It is for pieces that wait
-            elsewhere; where they are made, a slow reader must not hold up their making.
+        paced: wait for a reader that is slow. It is for pieces that can wait elsewhere; where they are made, a reader
+            must not hold up their making.
     """
 
     def __init__(self, chunks: Chunks, error: Callable[[BaseException], bytes] | None, *, status: int = 200,

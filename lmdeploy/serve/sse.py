@@ -72,13 +72,13 @@ class Writer:
         self._backlog += chunk
         self._wake.set()
 
-    async def room(self) -> None:
-        """Wait until most of what was written is sent.
+    async def room(self, size: int) -> None:
+        """Wait until a chunk of ``size`` bytes fits, or everything is sent.
 
         Raises:
             HttpError: LMD-523.
         """
-        while len(self._backlog) > self._limits.stream_bytes // 4:
+        while self._backlog and len(self._backlog) + size > self._limits.stream_bytes:
             self._taken.clear()
             try:
                 await asyncio.wait_for(self._taken.wait(), self._limits.stall_seconds)

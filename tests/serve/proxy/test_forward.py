@@ -369,6 +369,30 @@ def test_a_large_answer_passes_whole_however_slowly_it_is_read():
     run(main())
 
 
+def test_large_events_pass_a_slow_reader():
+    """Larger than all that may wait, and read in drops: nothing is lost, and nobody is given up."""
+    event = b'data: ' + b'x' * 200_000 + b'\n\n'
+
+    async def answer(node, asked, writer):
+        writer.write(EVENTS)
+        for _ in range(8):
+            writer.write(piece(event))
+            await writer.drain()
+        writer.write(piece(b''))
+
+    async def main():
+        async with FakeNode(answer=answer).run() as node, proxy(limits=Limits(stream_bytes=50_000)) as running:
+            await running.join(node)
+            found = b''
+            async with running.http.stream('POST', PATH, json=STREAM) as stream:
+                async for data in stream.aiter_raw():
+                    found += data
+                    await asyncio.sleep(0.005)
+            assert found == event * 8
+
+    run(main())
+
+
 def test_many_streams_under_a_node_that_is_killed():
     """Every client gets a whole answer or an error that says so; all counts return to zero."""
     async def slow(node, asked, writer):
