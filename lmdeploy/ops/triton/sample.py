@@ -279,8 +279,8 @@ def _tables(nothing: Tensor, temperature: Tensor | None = None, top_k: Tensor | 
 
 
 def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTables, mode: int, tokens: Tensor,
-            status: Tensor, uniform: Tensor | None = None, tile: int = TILE) -> None:  # fmt: skip
-    rows, vocab = logits.shape
+            status: Tensor, uniform: Tensor | None = None) -> None:  # fmt: skip
+    (rows, vocab), tile = logits.shape, TILE
     device = logits.device
     if mode != PLAIN or not logits.is_contiguous():
         logits = logits.float().contiguous()
