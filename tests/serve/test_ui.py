@@ -24,6 +24,7 @@ from lmdeploy.serve.page import FOLDER, TYPES
 from lmdeploy.serve.routes import Routes
 from lmdeploy.serve.sse import DONE, error_event, event
 from tests.serve.chromium import EXECUTABLE, Page, browse
+from tests.serve.fake_server import MODEL
 from tests.serve.live import live
 from tests.serve.test_edge import shape
 from tests.serve.test_tutorial import api_server
@@ -190,6 +191,26 @@ def test_a_conversation_with_a_server_that_wants_a_key(page, tmp_path):
         kept = page.js('[JSON.stringify(localStorage), JSON.stringify(sessionStorage), document.cookie]')
         assert 'token\\"' not in kept[0] and 'token' in kept[1] and kept[2] == ''
         assert all(address.startswith(url) for address in page.requested)
+
+
+@browser_there
+def test_who_gives_no_key_is_asked_again_with_the_next_question(page, serve):
+    with live(serve(keys=KeyRing(['token']), step_seconds=0.001)) as running:
+        visit(page, running.url)
+        page.wait('document.querySelector("#key-dialog").open')
+        page.key('Escape')
+        ask(page, 'hello')
+        page.wait('document.querySelector("#key-dialog").open')
+        page.click('#key-cancel')
+        page.wait('document.querySelector(".answer .error")')
+        assert page.text('.error b') == 'The server wants an API key'
+        page.click('.error button')
+        page.wait('document.querySelector("#key-dialog").open')
+        page.type('token')
+        page.key('Enter')
+        page.wait(f'document.querySelector(".answer .figures").textContent && {IDLE}')
+        assert last(page).strip() and page.js('document.querySelector("#model").value') == MODEL
+        page.open('about:blank')
 
 
 def _sent(page: Page) -> dict:

@@ -16,6 +16,7 @@ const state = {
   key: store('sessionStorage', 'key') ?? '',
   turns: [], // {role, content, reasoning?} and for answers their view
   running: null, // the AbortController of the answer that is being written
+  asked: false, // the server for its models
 };
 
 // ---- the server -----------------------------------------------------------------------------------------------------
@@ -103,7 +104,10 @@ async function watchServer() {
     $('state').lastElementChild.dataset.t = text;
     $('state').lastElementChild.textContent = t(text);
   }
-  if (is === 'ready' && !$('model').options.length) await loadModels();
+  if (is === 'ready' && !state.asked) {
+    state.asked = true; // once by itself; after that, when a question is sent
+    await loadModels().catch(() => {});
+  }
   setTimeout(watchServer, is === 'ready' ? 15000 : 2000);
 }
 
@@ -222,6 +226,10 @@ async function answer() {
     follow();
   };
   try {
+    if (!body.model) {
+      await loadModels();
+      body.model = $('model').value;
+    }
     const response = await callKeyed('v1/chat/completions', {
       method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body),
       signal: state.running.signal,
