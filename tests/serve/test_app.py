@@ -164,6 +164,17 @@ def test_what_has_no_access_or_no_strict_body_does_not_start():
     routes.add('POST', '/loose', loose, Access.USER, 'not strict')
     with pytest.raises(AssertionError, match=r'a body is a protocol\.Body'):
         App(Context(), routes)
+
+    class Hidden(Body):
+        size: int = 1
+
+    async def hidden(body: Hidden) -> Response:  # a type that is not to be found by its name
+        return json_reply(body.size)
+
+    other = Routes()
+    other.add('POST', '/hidden', hidden, Access.USER, 'its body would be taken for a query')
+    with pytest.raises(AssertionError, match='no parameters of a query'):
+        App(Context(), other)
     with pytest.raises(AssertionError, match='two routes'):
         routes.add('POST', '/loose', loose, Access.OPEN, 'again')
 
