@@ -57,11 +57,13 @@ class TritonPaged:
 
         device, group, rows = batch.device, case.heads // case.kv_heads, batch.num_decode
         config = decode.config_of(group, case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
-        programs = config.per_sm * decode.multiprocessors(device)
+        processors = decode.multiprocessors(device)
+        programs = config.per_sm * processors
         key = device, group, case.head_dim
         workspace = self._workspaces.get(key)
         if workspace is None:
-            workspace = self._workspaces[key] = decode.make_workspace(programs, group, case.head_dim, device)
+            workspace = self._workspaces[key] = decode.make_workspace(
+                decode.MOST_PER_SM * processors, group, case.head_dim, device)
         plans = {window: decode.plan_decode(batch.kv_lens[:rows], case.kv_heads, window, programs, config)
                  for window in case.windows}  # fmt: skip
         return Division(plans, workspace)

@@ -25,31 +25,36 @@ from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, multipro
 
 LOG2E = 1.4426950408889634
 TILE = 64  # keys per tile: a page, or a part of a longer one
+MOST_PER_SM = 4  # programs per multiprocessor
 SHARED_BYTES = 200 * 1024  # of a multiprocessor's shared memory for tiles in flight
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Launch parameters: how many programs per multiprocessor, how they hold and read the tiles."""
+    """Launch parameters: how many programs per multiprocessor, how they hold and read the tiles.
+
+    Attributes:
+        num_stages: a tile's address is a load too, so 2 n + 1 stages hold n tiles of keys and n of values.
+        swap: keys are the rows of the products (wgmma), not the queries (mma).
+        fused: the program that delivers the last part merges the parts; otherwise a second kernel does, in parallel.
+        least: tiles that a program takes at least.
+    """
 
     per_sm: int
     num_warps: int
-    num_stages: int  # a tile's address is a load too, so 2 n + 1 stages hold n tiles of keys and n of values
-    swap: bool = False  # keys as the rows of the products (wgmma), not the queries (mma)
+    num_stages: int
+    swap: bool = False
     tma: bool = True
-    fused: bool = True  # the last program of a (row, head) merges; otherwise a second kernel does
+    fused: bool = True
+    least: int = 1
 
 
-def config_of(group: int, dim: int, size: int = 2) -> DecodeConfig:
-    """The launch parameters for ``group`` query heads per key head of ``dim`` channels of ``size`` bytes each."""
+def config_of(group: int, dim: int, size: int, pairs: int) -> DecodeConfig:
+    """The launch parameters for ``pairs`` (row, key head) with ``group`` query heads of ``dim`` channels of ``size``
+    bytes."""
     per_sm = 3 if dim <= 64 else 2 if dim <= 128 else 1
     buffers = SHARED_BYTES // per_sm // (2 * TILE * triton.next_power_of_2(dim) * size)
-    return DecodeConfig(per_sm, num_warps=4, num_stages=2 * min(max(buffers, 1), 4) + 1)
-
-
-def programs_on(device: torch.device, group: int, dim: int) -> int:
-    """How many programs share a step's work on ``device``."""
-    return config_of(group, dim).per_sm * multiprocessors(device)
+    return DecodeConfig(per_sm, num_warps=4, num_stages=2 * min(max(buffers, 1), 4) + 1, fused=pairs >= 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class DecodePlan:
     tiles: Tensor
     starts: Tensor
     programs: int
+    config: DecodeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,18 @@ def make_workspace(programs: int, group: int, dim: int, device: torch.device) ->
 
 
 @triton.jit
+def _shares(total, programs, LEAST: tl.constexpr):
+    """(base, extra): the first ``extra`` stretches have ``base + 1`` tiles, the others ``base``, which is LEAST or more.
+
+    Where there is too little work, the last programs' stretches lie behind the end of the line.
+    """
+    used = tl.maximum(tl.minimum(programs, total // LEAST), 1)
+    return total // used, total % used
+
+
+@triton.jit
 def _first_of(p, base, extra):
-    """Where program p's stretch begins, when the first ``extra`` of them have ``base + 1`` tiles."""
+    """Where program p's stretch begins."""
     return p * base + tl.minimum(p, extra)
 
 
@@ -94,7 +110,7 @@ def _owner_of(tile, base, extra):
 
 @triton.jit
 def _plan_kernel(kv_lens, tiles, starts, rows, programs, HEADS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
-                 ROWS: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, PROGRAMS: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -109,7 +125,7 @@ def _plan_kernel(kv_lens, tiles, starts, rows, programs, HEADS: tl.constexpr, WI
         tl.store(tiles + row, first, mask=row < rows)
         tl.store(tiles + rows, tl.sum(count, 0))
     total = tl.sum(count, 0) * HEADS
-    base, extra = total // programs, total % programs
+    base, extra = _shares(total, programs, LEAST)
     p = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
     at = _first_of(p, base, extra)
     mine = tl.sum((end[None, :] * HEADS <= at[:, None]).to(tl.int32), 1)
@@ -123,33 +139,34 @@ def _plan_kernel(kv_lens, tiles, starts, rows, programs, HEADS: tl.constexpr, WI
 
 
 @triton.jit
-def _merge(out_row, sums, stats, first, last, GROUP: tl.constexpr, GROUP_P: tl.constexpr, D: tl.constexpr,
-           D_P: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Add up the parts of one (row, head), delivered by programs first..last, and store ``[GROUP, D]``."""
-    g = tl.arange(0, GROUP_P)
-    d = tl.arange(0, D_P)
-    top = tl.full([GROUP_P], float('-inf'), tl.float32)
-    weight = tl.zeros([GROUP_P], tl.float32)
-    acc = tl.zeros([GROUP_P, D_P], tl.float32)
-    for p0 in range(first, last + 1, CHUNK):
-        p = p0 + tl.arange(0, CHUNK)
-        slot = (2 * p + (p == first).to(tl.int32)).to(tl.int64)
-        ok = (p <= last)[:, None] & (g < GROUP)[None, :]
-        stat = stats + slot[:, None] * (2 * GROUP) + g[None, :]
-        part_top = tl.load(stat, mask=ok, other=float('-inf'), cache_modifier='.cg')
-        part_weight = tl.load(stat + GROUP, mask=ok, other=0.0, cache_modifier='.cg')
-        part = tl.load(sums + slot[:, None, None] * (GROUP * D) + g[None, :, None] * D + d[None, None, :],
-                       mask=ok[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier='.cg')  # fmt: skip
-        new = tl.maximum(top, tl.max(part_top, 0))
-        new = tl.where(new == float('-inf'), 0.0, new)
-        old_scale = tl.exp2(top - new)
-        scale = tl.exp2(part_top - new[None, :])
-        weight = weight * old_scale + tl.sum(part_weight * scale, 0)
-        acc = acc * old_scale[:, None] + tl.sum(part * scale[:, :, None], 0)
-        top = new
-    acc = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    tl.store(out_row + g[:, None] * D + d[None, :], acc.to(out_row.dtype.element_ty),
-             mask=(g < GROUP)[:, None] & (d < D)[None, :])  # fmt: skip
+def _merge(out_row, sums, stats, first, last, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+           CHUNK: tl.constexpr):  # fmt: skip
+    """Add up the parts of one (row, head), delivered by programs first..last, and store ``[GROUP, D]``.
+
+    All heads lie side by side, so that no sum crosses threads but that over a chunk of parts.
+    """
+    for e0 in range(0, GROUP * D, WIDTH):
+        e = e0 + tl.arange(0, WIDTH)
+        inside = e < GROUP * D
+        top = tl.full([WIDTH], float('-inf'), tl.float32)
+        weight = tl.zeros([WIDTH], tl.float32)
+        acc = tl.zeros([WIDTH], tl.float32)
+        for p0 in range(first, last + 1, CHUNK):
+            p = p0 + tl.arange(0, CHUNK)
+            slot = (2 * p + (p == first).to(tl.int32)).to(tl.int64)
+            ok = (p <= last)[:, None] & inside[None, :]
+            stat = stats + slot[:, None] * (2 * GROUP) + (e // D)[None, :]
+            part_top = tl.load(stat, mask=ok, other=float('-inf'), cache_modifier='.cg')
+            part_weight = tl.load(stat + GROUP, mask=ok, other=0.0, cache_modifier='.cg')
+            part = tl.load(sums + slot[:, None] * (GROUP * D) + e[None, :], mask=ok, other=0.0, cache_modifier='.cg')
+            new = tl.maximum(top, tl.max(part_top, 0))
+            base = tl.where(new == float('-inf'), 0.0, new)
+            old_scale = tl.exp2(top - base)
+            scale = tl.exp2(part_top - base[None, :])
+            weight = weight * old_scale + tl.sum(part_weight * scale, 0)
+            acc = acc * old_scale + tl.sum(part * scale, 0)
+            top = new
+        tl.store(out_row + e, (acc / tl.where(inside, weight, 1.0)).to(out_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -170,10 +187,10 @@ def _load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr
 @triton.jit
 def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, tiles, starts, sums, stats,
                    counts, rows, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                   GROUP_P: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
+                   M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
                    TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-                   TMA: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+                   TMA: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+                   CHUNK: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -183,9 +200,9 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
     head = tl.load(starts + programs + p)
     skip = tl.load(starts + 2 * programs + p)
     total = tl.load(tiles + rows) * HEADS
-    base, extra = total // programs, total % programs
-    begin = _first_of(p, base, extra)
-    end = _first_of(p + 1, base, extra)
+    base, extra = _shares(total, programs, LEAST)
+    begin = tl.minimum(_first_of(p, base, extra), total)
+    end = tl.minimum(_first_of(p + 1, base, extra), total)
     m = tl.arange(0, M)
     d = tl.arange(0, D_P)
     n = tl.arange(0, TILE)
@@ -264,7 +281,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
                 tl.debug_barrier()  # all of the part is stored before one thread says so
                 done = tl.atomic_add(counts + first, 1, sem='acq_rel')
                 if done == last - first:
-                    _merge(out_row, sums, stats, first, last, GROUP, GROUP_P, D, D_P, CHUNK)
+                    _merge(out_row, sums, stats, first, last, GROUP, D, WIDTH, CHUNK)
                     tl.store(counts + first, 0)
         at += take
         skip = 0
@@ -278,44 +295,63 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
 
 
 @triton.jit
-def _merge_kernel(out, query_start, tiles, sums, stats, rows, programs, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                  GROUP_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, CHUNK: tl.constexpr,
+def _merge_kernel(out, query_start, tiles, starts, sums, stats, rows, programs, HEADS: tl.constexpr,
+                  GROUP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
+    """Program (p, g): query head g of the (row, head) that begins in stretch p and ends in a later one, if any."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, head = tl.program_id(0), tl.program_id(1)
-    total = tl.load(tiles + rows) * HEADS
-    start = tl.load(tiles + row)
-    count = tl.load(tiles + row + 1) - start
-    base, extra = total // programs, total % programs
-    pair = start * HEADS + head * count
-    if count > 0:
-        first = _owner_of(pair, base, extra)
+    p, g = tl.program_id(0), tl.program_id(1)
+    row = tl.load(starts + p + 1)
+    head = tl.load(starts + programs + p + 1)
+    skip = tl.load(starts + 2 * programs + p + 1)
+    base, extra = _shares(tl.load(tiles + rows) * HEADS, programs, LEAST)
+    pair = _first_of(p + 1, base, extra) - skip
+    if (row < rows) & (skip > 0) & (pair >= _first_of(p, base, extra)):
+        count = tl.load(tiles + row + 1) - tl.load(tiles + row)
+        token = tl.load(query_start + row).to(tl.int64)
         last = _owner_of(pair + count - 1, base, extra)
-        if last > first:
-            token = tl.load(query_start + row).to(tl.int64)
-            out_row = out + (token * HEADS + head) * (GROUP * D)
-            _merge(out_row, sums, stats, first, last, GROUP, GROUP_P, D, D_P, CHUNK)
+        d = tl.arange(0, D_P)
+        top = float('-inf')
+        weight = 0.0
+        acc = tl.zeros([D_P], tl.float32)
+        for p0 in range(p, last + 1, CHUNK):
+            part = p0 + tl.arange(0, CHUNK)
+            slot = (2 * part + (part == p).to(tl.int32)).to(tl.int64)
+            ok = part <= last
+            stat = stats + slot * (2 * GROUP) + g
+            part_top = tl.load(stat, mask=ok, other=float('-inf'))
+            part_weight = tl.load(stat + GROUP, mask=ok, other=0.0)
+            sum_ = tl.load(sums + (slot * GROUP + g)[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :],
+                           other=0.0)  # fmt: skip
+            new = tl.maximum(top, tl.max(part_top, 0))  # a part has a key that is seen
+            old_scale = tl.exp2(top - new)
+            scale = tl.exp2(part_top - new)
+            weight = weight * old_scale + tl.sum(part_weight * scale, 0)
+            acc = acc * old_scale + tl.sum(sum_ * scale[:, None], 0)
+            top = new
+        tl.store(out + ((token * HEADS + head) * GROUP + g) * D + d, (acc / weight).to(out.dtype.element_ty),
+                 mask=d < D)  # fmt: skip
 
 
-def plan_decode(kv_lens: Tensor, kv_heads: int, window: int, programs: int) -> DecodePlan:
+def plan_decode(kv_lens: Tensor, kv_heads: int, window: int, programs: int, config: DecodeConfig) -> DecodePlan:
     """Share out the tiles of rows with ``kv_lens [B] int32`` among ``programs`` programs, on the device."""
     rows = kv_lens.shape[0]
     tiles = torch.empty(rows + 1, dtype=torch.int32, device=kv_lens.device)
     starts = torch.empty(3, programs, dtype=torch.int32, device=kv_lens.device)
     padded = max(triton.next_power_of_2(rows), 16)
-    each = max(8192 // padded, 8)
+    each = max(4096 // padded, 4)
     pdl = supports_pdl(kv_lens.device)
     _plan_kernel[(triton.cdiv(programs, each),)](
         kv_lens, tiles, starts, rows, programs, HEADS=kv_heads, WINDOW=window, TILE=TILE, ROWS=padded, PROGRAMS=each,
-        PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
-    return DecodePlan(tiles, starts, programs)
+        LEAST=config.least, PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
+    return DecodePlan(tiles, starts, programs, config)
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, table_rows: Tensor,
                      query_start: Tensor, kv_lens: Tensor, plan: DecodePlan, workspace: Workspace, out: Tensor,
-                     scale: float, window: int, config: DecodeConfig | None = None) -> None:  # fmt: skip
+                     scale: float, window: int) -> None:  # fmt: skip
     """Attention of rows with one query each: token ``query_start[i]`` is the last of row i's ``kv_lens[i]`` tokens.
 
     Args:
@@ -325,29 +361,27 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: T
         query_start, kv_lens, table_rows: ``[B] int32`` or longer; a row of length 0 is left alone.
         plan: that of these lengths and this window.
         out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
-        config: None: that of :func:`config_of`.
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     rows, group, padded = kv_lens.shape[0], heads // kv_heads, triton.next_power_of_2(dim)
-    config = config or config_of(group, dim, q.element_size())
-    fast, pdl = q.dtype != torch.float32, supports_pdl(q.device)
+    config, pdl = plan.config, supports_pdl(q.device)
     k, v = k_pages, v_pages
     if config.tma:
         k, v = (TensorDescriptor(pages, [pages.numel() // dim, dim], [dim, 1], [TILE, padded])
                 for pages in (k_pages, v_pages))  # fmt: skip
-    group_p = triton.next_power_of_2(group)
-    chunk = max(min(4096 // (group_p * padded), 16), 1) * 2
+    width = min(triton.next_power_of_2(group * dim), 512)
     _decode_kernel[(plan.programs,)](
         q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.tiles, plan.starts, workspace.sums,
         workspace.stats, workspace.counts, rows, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
-        GROUP=group, GROUP_P=group_p, M=max(group_p, 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
+        GROUP=group, M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
         WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=config.tma, FUSED=config.fused,
-        PRECISION='tf32' if fast else 'ieee', CHUNK=chunk, PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        PRECISION='ieee' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 1),
+        LEAST=config.least, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
-    if not config.fused:
-        _merge_kernel[(rows, kv_heads)](
-            out, query_start, plan.tiles, workspace.sums, workspace.stats, rows, plan.programs, HEADS=kv_heads,
-            GROUP=group, GROUP_P=group_p, D=dim, D_P=padded, CHUNK=chunk, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    if not config.fused and plan.programs > 1:
+        _merge_kernel[(plan.programs - 1, group)](
+            out, query_start, plan.tiles, plan.starts, workspace.sums, workspace.stats, rows, plan.programs,
+            HEADS=kv_heads, GROUP=group, D=dim, D_P=padded, CHUNK=min(max(4096 // padded, 1), 32), LEAST=config.least,
+            PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip

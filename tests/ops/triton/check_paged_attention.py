@@ -52,41 +52,58 @@ class Case:
         assert self.out[:begin].isnan().all() and self.out[end:].isnan().all()
 
 
-@pytest.mark.parametrize('window', [0, 100])
-@pytest.mark.parametrize('way', [{}, {'swap': True}, {'tma': False}, {'fused': False}], ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_decode(shape, way, window, dtype, device):
-    heads, kv_heads, dim, block = shape
-    case = Case([(1, length) for length in (300, 1, 64, 65)], *shape, dtype, device)
-    for programs in (1, 5, 20):
-        plan = plan_decode(case.device_lens, kv_heads, window, programs)
-        workspace = make_workspace(programs, heads // kv_heads, dim, device)
-        for _ in range(2):  # the second time: what the first left behind in the workspace does no harm
-            case.out.fill_(float('nan'))
-            decode_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens,
-                             plan, workspace, case.out, case.scale, window, DecodeConfig(1, 4, 3, **way))
-            case.check(window)
-        assert not workspace.counts.any()
+DECODE = [  # shape, way, window, programs
+    (0, {}, 0, 5), (0, {'least': 2}, 100, 9), (1, {'swap': True}, 0, 5), (2, {'tma': False}, 70, 7),
+    (0, {'fused': False}, 0, 9), (2, {'fused': False, 'least': 3}, 90, 1), (1, {'swap': True, 'fused': False}, 100, 5),
+]  # fmt: skip
 
 
-def test_rows_without_tokens_are_left_alone(device):
-    case = Case([(1, 70), (1, 3), (1, 130)], 4, 2, 64, 64, torch.float32, device)
-    lens = torch.tensor([70, 0, 130], dtype=torch.int32, device=device)
-    plan = plan_decode(lens, 2, 0, 5)
-    decode_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, lens, plan,
-                     make_workspace(5, 2, 64, device), case.out, case.scale, 0)
+def decode(case, kv_heads, window, programs, lens=None, **way):
+    """Twice: what the first left behind in the workspace does no harm."""
+    lens = case.device_lens if lens is None else lens
+    plan = plan_decode(lens, kv_heads, window, programs, DecodeConfig(1, 4, 5, **way))
+    workspace = make_workspace(programs, case.q.shape[1] // kv_heads, case.q.shape[2], lens.device)
+    for _ in range(2):
+        case.out.fill_(float('nan'))
+        decode_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, lens, plan, workspace,
+                         case.out, case.scale, window)  # fmt: skip
+    assert not workspace.counts.any()
+
+
+@pytest.mark.parametrize(('shape', 'way', 'window', 'programs'), DECODE, ids=str)
+def test_decode(shape, way, window, programs, dtype, device):
+    case = Case([(1, length) for length in (200, 1, 64, 65)], *SHAPES[shape], dtype, device)
+    decode(case, SHAPES[shape][1], window, programs, **way)
+    case.check(window)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_rows_without_tokens_are_left_alone(fused, device):
+    case = Case([(1, 70), (1, 3), (1, 130)], 4, 2, 16, 64, torch.float32, device)
+    decode(case, 2, 0, 5, torch.tensor([70, 0, 130], dtype=torch.int32, device=device), fused=fused)
     assert case.out[1].isnan().all()
     case.out[1] = paged_attention.reference(case.q, case.k, case.v, case.table, case.start, case.lens, case.scale, 0)[1]
     case.check(0)
 
 
-@pytest.mark.parametrize('window', [0, 50])
-@pytest.mark.parametrize('config', [PrefillConfig(16, 1, 4, 3), PrefillConfig(64, 1, 4, 2),
-                                    PrefillConfig(32, 1, 4, 3, tma=False)], ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_prefill(shape, config, window, dtype, device):
+def test_decode_of_many_parts(device):
+    """A long row beside a short one, more parts than are merged at once."""
+    for fused in (True, False):
+        case = Case([(1, 40 * 64 + 1), (1, 3)], 2, 1, 16, 64, torch.float32, device)
+        decode(case, 1, 0, 40, fused=fused)
+        case.check(0)
+
+
+PREFILL = [  # shape, M, pages, tma, window
+    (0, 64, 1, True, 0), (1, 16, 1, True, 50), (2, 32, 2, True, 0), (0, 32, 2, False, 70), (1, 64, 1, False, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('shape', 'm', 'pages', 'tma', 'window'), PREFILL)
+def test_prefill(shape, m, pages, tma, window, dtype, device):
     rows = [(1, 5), (70, 70), (1, 130), (30, 150)]
-    case = Case(rows, *shape, dtype, device)
+    case = Case(rows, *SHAPES[shape], dtype, device)
     prefill_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens, 1,
-                      len(rows) - 1, case.start[-1] - 1, case.out, case.scale, window, config)
+                      len(rows) - 1, case.start[-1] - 1, case.out, case.scale, window,
+                      PrefillConfig(m, pages, 4, 3, tma))  # fmt: skip
     case.check(window, first=1)
