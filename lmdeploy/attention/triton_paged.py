@@ -54,10 +54,11 @@ class TritonPaged:
         if not batch.num_decode:
             return Division({}, None)
         from lmdeploy.ops.triton import paged_attention_decode as decode
+        from lmdeploy.ops.triton.launch import multiprocessors
 
         device, group, rows = batch.device, case.heads // case.kv_heads, batch.num_decode
         config = decode.config_of(group, case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
-        processors = decode.multiprocessors(device)
+        processors = multiprocessors(device)
         programs = config.per_sm * processors
         key = device, group, case.head_dim
         workspace = self._workspaces.get(key)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, multiprocessors, supports_pdl
+from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
 
 LOG2E = 1.4426950408889634
 TILE = 64  # keys per tile: a page, or a part of a longer one
@@ -87,7 +87,7 @@ def make_workspace(programs: int, group: int, dim: int, device: torch.device) ->
 
 @triton.jit
 def _shares(total, programs, LEAST: tl.constexpr):
-    """(base, extra): the first ``extra`` stretches have ``base + 1`` tiles, the others ``base``, which is LEAST or more.
+    """(base, extra): the first ``extra`` stretches have ``base + 1`` tiles, the others ``base``, LEAST or more.
 
     Where there is too little work, the last programs' stretches lie behind the end of the line.
     """
