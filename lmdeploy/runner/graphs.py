@@ -7,11 +7,16 @@ that the next step never waits for a copy.
 
 Batches are rounded up to a *bucket*; padding rows run in the scratch slot on the null block. Graphs are recorded from
 the largest bucket down and share one memory pool: they run one after the other, so that all need no more memory than
-the largest. Steps whose rows are all greedy have graphs without the other sampling work.
+the largest.
+
+A bucket has graphs of three kinds: GREEDY and SAMPLED are whole steps, the former without the work that greedy rows
+do not need; FORWARD ends with the logits, for steps in which a row asks for more than the tables hold (a grammar, a
+logits processor, log-probabilities).
 """
 
 from __future__ import annotations
 
+import enum
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -34,6 +39,17 @@ SAMPLED_AT_START = 8  # rows; larger sampled steps are recorded when they first 
 RING = 4  # steps whose inputs and results have memory of their own: more than are ever launched and not retired
 
 Replay = Callable[[], None]
+
+
+class Kind(enum.Enum):
+    """Where a graph ends, and what it does before."""
+
+    GREEDY = 'greedy'
+    SAMPLED = 'sampled'
+    FORWARD = 'forward'
+
+
+Key = tuple[int, Kind]
 
 
 class Record(Protocol):
@@ -79,7 +95,7 @@ def buckets(most: int) -> list[int]:
 
 
 class GraphRunner:
-    """Serves the steps in which every row has one token and draws one, with nothing that tables do not hold.
+    """Serves the steps in which every row has one token and draws one.
 
     Args:
         slots: with device tables.
@@ -103,8 +119,9 @@ class GraphRunner:
         self._results = torch.zeros(RING, 2 * max_batch, dtype=torch.int32, device=self.device)
         self._downloads = [_Download(2 * max_batch, on_gpu) for _ in range(RING)]
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._graphs: dict[tuple[int, bool], Replay] = {}
-        self._given_up: set[tuple[int, bool]] = set()
+        self._logits: Tensor | None = None  # [max_batch, V] float32 of FORWARD graphs, once there are any
+        self._graphs: dict[Key, Replay] = {}
+        self._given_up: set[Key] = set()
         self._turn = 0
         self._timed: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
@@ -113,36 +130,65 @@ class GraphRunner:
         """Record the graphs of greedy steps, the largest first, and those of small sampled ones."""
         begin = time.perf_counter()
         for bucket in reversed(self.buckets):
-            self._graph(bucket, plain=True)
+            self._graph((bucket, Kind.GREEDY))
             if bucket <= SAMPLED_AT_START:
-                self._graph(bucket, plain=False)
+                self._graph((bucket, Kind.SAMPLED))
         get_logger().info('recorded %d decode graphs in %.1f s', len(self._graphs), time.perf_counter() - begin)
 
-    def serves(self, plan: StepPlan) -> bool:
-        """Whether a graph can run ``plan``; one that is first needed is recorded now, if there is memory for it."""
-        rows = plan.rows
-        if (plan.num_tokens != rows or rows > self.buckets[-1] or plan.masks is not None or not plan.sample.all()
-                or self.slots.odd[plan.slots].any() or plan.drafts.any()):
-            return False
-        key = self._key(plan)
+    def find(self, plan: StepPlan) -> Key | None:
+        """The graph that runs ``plan``; one that is first needed is recorded now, if there is memory for it."""
+        rows, slots = plan.rows, self.slots
+        if (plan.num_tokens != rows or rows > self.buckets[-1] or not plan.sample.all() or plan.drafts.any()
+                or slots.hidden_rows[plan.slots].any()):
+            return None
+        kind = Kind.GREEDY if slots.plain[plan.slots].all() else Kind.SAMPLED
+        if plan.masks is not None or slots.odd[plan.slots].any():
+            kind = Kind.FORWARD
+        key = self.buckets[bisect_left(self.buckets, rows)], kind
         if key in self._given_up:
-            return False
+            return None
         try:
-            self._graph(*key)
+            self._graph(key)
         except torch.OutOfMemoryError:
             get_logger().warning('there is no memory for a graph of %d rows: such steps run without one', key[0])
             self._given_up.add(key)
-            return False
-        return True
+            return None
+        return key
 
-    def launch(self, plan: StepPlan) -> GraphStep:
-        """Launch the step of ``plan``, which :meth:`serves`; its slots are open and its blocks not yet appended."""
-        rows = plan.rows
-        bucket, plain = self._key(plan)
-        replay = self._graph(bucket, plain)
-        turn, self._turn = self._turn, (self._turn + 1) % RING
+    def launch(self, key: Key, plan: StepPlan) -> GraphStep:
+        """Launch all of ``plan``'s step; its slots are open and its blocks not yet appended. Not for FORWARD graphs."""
+        turn = self._send(key[0], plan)
+        self._replay(key)
         download = self._downloads[turn]
-        download.wait()
+        download.start(self._results[turn], 2 * key[0], self._stream)
+        return GraphStep(plan.step, plan.rows, key[0], download)
+
+    def forward(self, key: Key, plan: StepPlan) -> Callable[[], Tensor]:
+        """As :meth:`launch`, for a FORWARD graph: what runs it, as often as needed, and gives the logits ``[B, V]``.
+
+        They are valid, and may be changed, until the next one runs.
+        """
+        self._send(key[0], plan)
+
+        def run() -> Tensor:
+            self._replay(key)
+            assert self._logits is not None
+            return self._logits[: plan.rows]
+
+        return run
+
+    def time(self, on: bool) -> list[tuple[int, float]]:
+        """Start or stop to time every graph on the device; (bucket, milliseconds) of those since the last call."""
+        torch.cuda.synchronize()
+        found = [(bucket, begin.elapsed_time(end)) for bucket, begin, end in self._timed or []]
+        self._timed = [] if on else None
+        return found
+
+    def _send(self, bucket: int, plan: StepPlan) -> int:
+        """Send what the step of ``plan`` needs; the row of the ring that it uses."""
+        rows = plan.rows
+        turn, self._turn = self._turn, (self._turn + 1) % RING
+        self._downloads[turn].wait()
         array = self._arrays[turn]
         packed = array[: 4 * bucket].reshape(4, bucket)
         packed[0, :rows], packed[1, :rows], packed[2, :rows] = plan.slots, plan.starts, plan.tokens
@@ -153,23 +199,17 @@ class GraphRunner:
         array[4 * bucket] = turn
         used = 4 * bucket + 1
         self._inputs[:used].copy_(self._staged[turn][:used], non_blocking=True)
-        if self._timed is None:
-            replay()
-        else:
-            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            marks[0].record()
-            replay()
-            marks[1].record()
-            self._timed.append((bucket, *marks))
-        download.start(self._results[turn], 2 * bucket, self._stream)
-        return GraphStep(plan.step, rows, bucket, download)
+        return turn
 
-    def time(self, on: bool) -> list[tuple[int, float]]:
-        """Start or stop to time every graph on the device; (bucket, milliseconds) of those since the last call."""
-        torch.cuda.synchronize()
-        found = [(bucket, begin.elapsed_time(end)) for bucket, begin, end in self._timed or []]
-        self._timed = [] if on else None
-        return found
+    def _replay(self, key: Key) -> None:
+        if self._timed is None:
+            self._graphs[key]()
+            return
+        marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        marks[0].record()
+        self._graphs[key]()
+        marks[1].record()
+        self._timed.append((key[0], *marks))
 
     def _new_blocks(self, plan: StepPlan) -> np.ndarray | int:
         """``[B] int32``: the new block of each row, or 0. Blocks that a graph does not expect are appended here."""
@@ -185,21 +225,20 @@ class GraphRunner:
         self.slots.num_blocks[plan.slots] += counts
         return new
 
-    def _key(self, plan: StepPlan) -> tuple[int, bool]:
-        """Bucket and kind of the graph that runs ``plan``."""
-        return self.buckets[bisect_left(self.buckets, plan.rows)], bool(self.slots.plain[plan.slots].all())
+    def _graph(self, key: Key) -> None:
+        """Record the graph ``key`` if it is not there."""
+        if key in self._graphs:
+            return
+        bucket, kind = key
+        if kind is Kind.FORWARD and self._logits is None:
+            self._logits = torch.empty(self.buckets[-1], self.model.config.vocab_size, device=self.device)
+        idle = self._inputs[: 4 * bucket].view(4, bucket)
+        idle.zero_()
+        idle[0] = self.tables.size
+        self._graphs[key] = self.record(self._step(bucket, kind))
 
-    def _graph(self, bucket: int, plain: bool) -> Replay:
-        found = self._graphs.get((bucket, plain))
-        if found is None:
-            idle = self._inputs[: 4 * bucket].view(4, bucket)
-            idle.zero_()
-            idle[0] = self.tables.size
-            found = self._graphs[bucket, plain] = self.record(self._step(bucket, plain))
-        return found
-
-    def _step(self, bucket: int, plain: bool) -> Callable[[], None]:
-        """The function of one bucket: all it reads and writes is static."""
+    def _step(self, bucket: int, kind: Kind) -> Callable[[], None]:
+        """The function of one graph: all it reads and writes is static."""
         packed, turn = self._inputs[: 4 * bucket].view(4, bucket), self._inputs[4 * bucket : 4 * bucket + 1]
         size = self.slots.block_size
         tables = self.tables
@@ -217,7 +256,11 @@ class GraphRunner:
                 batch.host_query_start, batch.host_kv_lens = query_start.tolist(), kv_lens.tolist()
                 batch.block_table, batch.table_rows = batch.tables(), output_rows.int()
             logits = self.model.logits(self.model(batch, self.kv))
-            tokens, status = sample_slots(logits, packed[0], positions, tables.sampling, plain)
+            if kind is Kind.FORWARD:
+                assert self._logits is not None
+                self._logits[:bucket].copy_(logits)
+                return
+            tokens, status = sample_slots(logits, packed[0], positions, tables.sampling, kind is Kind.GREEDY)
             keep_results(self._results, turn, tokens, status)
 
         return step

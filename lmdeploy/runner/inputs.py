@@ -117,6 +117,12 @@ def _outputs(plan: StepPlan, rows: np.ndarray, positions: np.ndarray, lengths: n
     return Outputs(start, output_rows, tokens, positions[tokens], np.flatnonzero(sampling))
 
 
+def single_outputs(plan: StepPlan) -> Outputs:
+    """The outputs of a plan whose rows have one token each and draw one."""
+    every = np.arange(plan.rows + 1)
+    return Outputs(every, every[:-1], every[:-1], plan.starts.astype(np.int64), every[:-1])
+
+
 def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     """The integer ``arrays`` as int64 tensors of the same shapes on ``device``: one buffer, one copy."""
     return send(device, *(array.astype(np.int64, copy=False) for array in arrays))

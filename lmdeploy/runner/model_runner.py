@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
@@ -28,7 +29,7 @@ from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
-from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Record
+from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Kind, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
 from lmdeploy.runner.memory import BASE_WORKSPACE, MemoryPlan, Room, gib, graph_bytes, measure, name_of, plan_memory
@@ -129,8 +130,11 @@ class ModelRunner:
         self.slots.flush()
         if not plan.rows:
             return Launched(plan.step, 0)
-        if self.graphs is not None and self.graphs.serves(plan):
-            return self.graphs.launch(plan)
+        if self.graphs is not None and (key := self.graphs.find(plan)) is not None:
+            if key[1] is not Kind.FORWARD:
+                return self.graphs.launch(key, plan)
+            forward = self.graphs.forward(key, plan)
+            return self._with_memory(plan, lambda: self._sample(plan, forward()))
         self.slots.append(plan.slots, plan.block_start, plan.blocks)
         batch, outputs = inputs.build(plan, self.slots)
         return self._with_memory(plan, lambda: self._step(plan, batch, outputs))
@@ -240,6 +244,15 @@ class ModelRunner:
             if len(outputs.sampled) < len(computed):
                 logits = logits[send(self.device, place[outputs.sampled])[0]]
             launched.sampled = self.sampler(logits, _sites(plan, outputs))
+        return launched.send(self.device)
+
+    def _sample(self, plan: StepPlan, logits: Tensor) -> Launched:
+        """The rest of a step of single tokens, each of which draws from its row of ``logits``."""
+        launched = Launched(plan.step, plan.rows)
+        outputs = inputs.single_outputs(plan)
+        for row in np.flatnonzero(self.slots.logit_rows[plan.slots] != ROWS_NONE).tolist():
+            launched.logits[row] = logits[row : row + 1].clone()
+        launched.sampled = self.sampler(logits, _sites(plan, outputs))
         return launched.send(self.device)
 
     def _wanted(self, plan: StepPlan, outputs: inputs.Outputs, drawn: np.ndarray,

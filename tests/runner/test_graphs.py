@@ -28,6 +28,16 @@ def shift(token_ids, logits):
     return logits.roll(int(token_ids[-1]) % 7)
 
 
+class Even:
+    """A grammar of tokens with even ids."""
+
+    def fill(self, mask):
+        mask[:] = 0x55555555
+
+    def accept(self, token):
+        assert token % 2 == 0
+
+
 SAMPLED = dict(greedy=False, temperature=5.0)  # random weights are sure of themselves
 WISHES = {
     'greedy': {},
@@ -71,7 +81,7 @@ def requests(count, seed=1):
     for i in range(count):
         params = SamplingParams(max_new_tokens=generator.randint(1, 60), seed=i, **WISHES[names[i % len(names)]])
         prompt = [generator.randrange(VOCAB) for _ in range(generator.choice((1, 3, 30, 60, 64, 110)))]
-        yield EngineInput(f'{i}', prompt, params)
+        yield EngineInput(f'{i}', prompt, params, grammar=Even() if i % 8 == 7 else None)
 
 
 def serve(core, given, *, aborts=0, seed=1):
