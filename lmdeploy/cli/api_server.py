@@ -374,8 +374,12 @@ def _banner(context: ServerContext, screen: Screen, url: str) -> None:
     path, what = ('embeddings', '"input": "Hello"') if encoder else (
         'chat/completions', '"messages": [{"role": "user", "content": "Hello"}]')
     curl = f"""curl {url}/v1/{path} -H "Content-Type: application/json"{key} -d '{{"model": "{model}", {what}}}'"""
-    screen.note('serve_ready_embeddings' if encoder else 'serve_ready', models=', '.join(context.model_names), url=url,
-                page=f'{url}/' if context.page else '-', docs=f'{url}/docs' if context.docs else '-',
-                session_len=capacity.session_len, kv_tokens=capacity.num_blocks * capacity.block_size,
-                kv_gib=capacity.kv_bytes / 2**30, batch=capacity.max_batch_size, keys=len(context.keys))
+    names, docs = ', '.join(context.model_names), f'{url}/docs' if context.docs else '-'
+    if encoder:
+        screen.note('serve_ready_embeddings', models=names, url=url, docs=docs, session_len=capacity.session_len,
+                    batch=capacity.max_batch_size, keys=len(context.keys))
+    else:
+        screen.note('serve_ready', models=names, url=url, page=f'{url}/' if context.page else '-', docs=docs,
+                    session_len=capacity.session_len, kv_tokens=capacity.num_blocks * capacity.block_size,
+                    kv_gib=capacity.kv_bytes / 2**30, batch=capacity.max_batch_size, keys=len(context.keys))
     print(printable(curl), file=sys.stderr, flush=True)  # one line, whatever the terminal's width: it is to be copied
