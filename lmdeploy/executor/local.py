@@ -13,6 +13,7 @@ from lmdeploy.engine.plan import StepPlan
 from lmdeploy.executor.base import Capacity
 from lmdeploy.runner.graphs import GraphStep, Record
 from lmdeploy.runner.handle import Launched
+from lmdeploy.runner.mixed import MixedStep
 from lmdeploy.runner.model_runner import ModelRunner
 from lmdeploy.weights.checkpoint import Checkpoint
 
@@ -63,7 +64,7 @@ class LocalExecutor:
             choices=runner.choices(),
         )
 
-    def launch(self, plan: StepPlan) -> Launched | GraphStep:
+    def launch(self, plan: StepPlan) -> Launched | GraphStep | MixedStep:
         """Start a step; what it raises at once, it raises here."""
         return self._runner.run(plan)
 

@@ -167,3 +167,27 @@ def keep_results(results: Tensor, turn: Tensor, tokens: Tensor, status: Tensor) 
         turn: ``[1] int32``.
     """
     results[:, : 2 * len(tokens)].index_copy_(0, turn.long(), torch.cat((tokens, status.int()))[None])
+
+
+@op
+def chunk_inputs(by_token: Tensor, by_row: Tensor, starts: Tensor, blocks: Tensor, last_token: Tensor, block_size: int
+                 ) -> tuple[Tensor, ...]:
+    """What a forward of decodes and chunks needs, from what the host sends, in memory of its own.
+
+    Args:
+        by_token: ``[3, T] int32``: ids, or -1 for the slot's last one; positions; slots.
+        by_row: ``[5, R] int32``: slots, cached tokens, output tokens, slots that are drawn for, their positions.
+        starts: ``[R+1] int32``: where the queries begin.
+        blocks: ``[S+1, width] int32``. last_token: ``[S+1] int32``.
+
+    Returns:
+        ``token_ids, positions [T] int32``, ``kv_slots [T] int64``, ``slots, kv_lens [R] int32``,
+        ``query_start [R+1] int32``, ``outputs [R] int64``, ``drawing, at [R] int32``.
+    """
+    ids, positions, slots = by_token
+    at = slots.long()
+    block = blocks.view(-1)[at * blocks.shape[1] + positions // block_size]
+    token_ids = torch.where(ids < 0, last_token[at], ids)
+    row_slots, kv_lens, outputs, drawing, drawn_at = by_row.clone()
+    kv_slots = block.long() * block_size + positions % block_size
+    return token_ids, positions.clone(), kv_slots, row_slots, kv_lens, starts.clone(), outputs.long(), drawing, drawn_at

@@ -117,7 +117,7 @@ class GraphRunner:
         self._staged = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(RING)]
         self._arrays = [staged.numpy() for staged in self._staged]
         self._results = torch.zeros(RING, 2 * max_batch, dtype=torch.int32, device=self.device)
-        self._downloads = [_Download(2 * max_batch, on_gpu) for _ in range(RING)]
+        self._downloads = [Download(2 * max_batch, on_gpu) for _ in range(RING)]
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._logits: Tensor | None = None  # [max_batch, V] float32 of FORWARD graphs, once there are any
         self._graphs: dict[Key, Replay] = {}
@@ -266,7 +266,7 @@ class GraphRunner:
         return step
 
 
-class _Download:
+class Download:
     """One row of results on its way to the host."""
 
     def __init__(self, size: int, on_gpu: bool) -> None:
@@ -303,7 +303,7 @@ class GraphStep:
     step: int
     rows: int
     bucket: int
-    download: _Download
+    download: Download
 
     def result(self) -> StepResult:
         """Wait for the copy of the step's tokens, and for nothing else."""

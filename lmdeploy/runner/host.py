@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        for line in info.read_text(encoding='utf-8', errors='replace').splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _system_memory() -> tuple[int, int]:

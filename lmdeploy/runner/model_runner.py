@@ -32,7 +32,18 @@ from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Kind, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
-from lmdeploy.runner.memory import BASE_WORKSPACE, MemoryPlan, Room, gib, graph_bytes, measure, name_of, plan_memory
+from lmdeploy.runner.memory import (
+    BASE_WORKSPACE,
+    MemoryPlan,
+    Room,
+    gib,
+    graph_bytes,
+    measure,
+    name_of,
+    plan_memory,
+    weight_bytes,
+)
+from lmdeploy.runner.mixed import MixedGraphs, MixedStep
 from lmdeploy.runner.profile import peak_bytes
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
@@ -40,6 +51,7 @@ from lmdeploy.runner.tables import send
 from lmdeploy.weights.checkpoint import Checkpoint, open_checkpoint
 from lmdeploy.weights.dummy import DummyCheckpoint, read_config
 
+LAUNCH_BOUND = 2e12  # parameters times tokens of a step that a GPU runs in the time in which the host launches it
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEVICE_DTYPES = {'cpu': ('float32', 'bfloat16'), 'cuda': ('float32', 'bfloat16', 'float16')}
 
@@ -71,6 +83,7 @@ class ModelRunner:
         self.slots: SlotTable
         self.sampler: Sampler
         self.graphs: GraphRunner | None = None
+        self.mixed: MixedGraphs | None = None
 
     @torch.no_grad()  # and not inference_mode: weights are read by threads of their own
     def start(self) -> None:
@@ -108,7 +121,7 @@ class ModelRunner:
 
     def stop(self) -> None:
         """Let go of model and cache; safe to call twice."""
-        self.graphs = None
+        self.graphs = self.mixed = None
         for name in ('model', 'kv', 'slots', 'sampler'):
             self.__dict__.pop(name, None)
         gc.collect()
@@ -117,7 +130,7 @@ class ModelRunner:
         return_freed_memory()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Launched | GraphStep:
+    def run(self, plan: StepPlan) -> Launched | GraphStep | MixedStep:
         """Launch a step; on a CPU it has run when this returns.
 
         Raises:
@@ -136,6 +149,8 @@ class ModelRunner:
             forward = self.graphs.forward(key, plan)
             return self._with_memory(plan, lambda: self._sample(plan, forward()))
         self.slots.append(plan.slots, plan.block_start, plan.blocks)
+        if self.mixed is not None and (mixed := self.mixed.find(plan)) is not None:
+            return self.mixed.launch(mixed, plan)
         batch, outputs = inputs.build(plan, self.slots)
         return self._with_memory(plan, lambda: self._step(plan, batch, outputs))
 
@@ -164,6 +179,9 @@ class ModelRunner:
             return
         self.graphs = GraphRunner(self.model, self.kv, self.slots, self.plan.max_batch_size, record)
         self.graphs.capture()
+        parameters = weight_bytes(self.model_config, 1, packed=False)
+        self.mixed = MixedGraphs(self.model, self.kv, self.slots, self.plan.max_batch_size, record,
+                                 int(LAUNCH_BOUND / parameters))  # fmt: skip
 
     @contextmanager
     def _stage(self, name: str, free: int) -> Iterator[None]:

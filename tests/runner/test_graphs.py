@@ -13,7 +13,7 @@ from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.request import EngineInput
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.local import LocalExecutor
-from lmdeploy.runner.graphs import buckets, rerun
+from lmdeploy.runner.graphs import Kind, buckets, rerun
 
 VOCAB = 300
 CONFIG = {
@@ -113,6 +113,8 @@ def test_static_buffers_give_what_the_eager_runner_gives(tmp_path):
     core = start(tmp_path, record=rerun)
     assert core.scheduler.capacity.choices['runner'] == 'graph'
     assert serve(core, requests(45)) == wanted
+    runner = core.executor._runner
+    assert {kind for _, kind in runner.graphs._graphs} == set(Kind) and len(runner.mixed._graphs) > 5
     preempted = start(tmp_path, record=rerun, num_blocks=6)
     assert serve(preempted, requests(45)) == wanted
     assert preempted.stats().preemptions > 0
