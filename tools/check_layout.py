@@ -47,12 +47,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     'executor': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'engine': {'executor.base'},
     'frontend': {'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl'},
-    'bench': {'engine', 'executor.base'},
+    'bench': DEVICE | {'engine', 'executor', 'models', 'runner', 'serve.fetch'},
     'pipe': {'frontend'},
     'serve': {'frontend', 'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl', 'hub'},
     'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},
 }
-ROOTS = {'__init__', '__main__', 'api', 'cli'}  # compose everything; nothing below may import them
+ROOTS = {'__init__', '__main__', 'api', 'cli', 'extend'}  # compose everything; nothing below may import them
 PROCESS_ROOTS = {('engine', 'process.py')}  # a program of its own that composes an engine
 TORCHLESS = {'engine', 'chat', 'config', 'frontend', 'grammar', 'hub', 'tokenizer', 'serve', 'cli', 'api', 'pipe',
              'model', 'messages', 'errors', 'log', 'texts', 'version', '__init__', '__main__'}

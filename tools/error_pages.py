@@ -49,6 +49,7 @@ TITLES = {
     'server': ('The server', '服务端'),
     'proxy': ('The proxy', '代理'),
     'client': ('Clients of the server', '客户端'),
+    'bench': ('Benchmarks', '基准测试'),
 }
 
 

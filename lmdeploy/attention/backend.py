@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kv.cache import KVCache, KVLayer
+from lmdeploy.ops import plugins
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
 from lmdeploy.runner.batch import ForwardBatch
@@ -75,13 +76,28 @@ class AttentionBackend(Protocol):
         ...
 
 
+_registered: list[AttentionBackend] = []  # others' backends, the newest first
+
+
+def register(backend: AttentionBackend) -> AttentionBackend:
+    """Put ``backend`` before all present ones."""
+    _registered.insert(0, backend)
+    return backend
+
+
+def withdraw(backend: AttentionBackend) -> None:
+    """Take a registered backend out again."""
+    _registered.remove(backend)
+
+
 def candidates() -> tuple[AttentionBackend, ...]:
-    """All backends, the best first."""
+    """All backends in the order of their choice: registered ones, then ours, the best first."""
     from lmdeploy.attention.cpu import CPUSpans
     from lmdeploy.attention.reference import Reference
     from lmdeploy.attention.triton_paged import TritonPaged
 
-    return CPUSpans(), TritonPaged(), Reference()
+    plugins.load()
+    return *_registered, CPUSpans(), TritonPaged(), Reference()
 
 
 def choose(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> AttentionBackend:
@@ -90,8 +106,9 @@ def choose(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> Att
 
 
 def explain(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> str:
-    """One line per backend: ready, or the reasons against it. The first that is ready is taken."""
-    lines = []
+    """One line per backend: chosen, ready, or the reasons against it."""
+    chosen, lines = choose(device, dtype, case), []
     for backend in candidates():
-        lines.append(f'attention: {backend.name}: {"; ".join(backend.refuse(case, device, dtype)) or "ready"}')
+        state = 'chosen' if backend.name == chosen.name else '; '.join(backend.refuse(case, device, dtype)) or 'ready'
+        lines.append(f'attention: {backend.name}: {state}')
     return '\n'.join(lines)

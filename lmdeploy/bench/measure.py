@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy.engine.core import EngineCore
@@ -23,8 +23,9 @@ class Measured:
 
     Attributes:
         seconds: from the first request's arrival to the last token.
-        first: time to the first token of each request, from the start of the run.
+        first: time to the first token of each request, from its arrival.
         per_token: for each request with two tokens or more, the mean time between its tokens.
+        gaps: the times between a request's deltas, if they were asked for.
         steps: launched; ``waited``: spent waiting for the device, of ``seconds``; the rest is the host's own work.
     """
 
@@ -37,6 +38,7 @@ class Measured:
     steps: int
     waited: float
     preemptions: int
+    gaps: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,8 +79,13 @@ class _Handle:
         return result
 
 
-def run(core: EngineCore, requests: Iterable[EngineInput]) -> Measured:
-    """Serve ``requests``, all submitted at once, and wait for the last token.
+def run(core: EngineCore, requests: Iterable[EngineInput], *, concurrency: int | None = None,
+        gaps: bool = False) -> Measured:  # fmt: skip
+    """Serve ``requests`` and wait for the last token.
+
+    Args:
+        concurrency: so many at a time: when one ends the next arrives. None: all arrive at once.
+        gaps: note the time between tokens, too, which costs a little.
 
     Raises:
         LmdeployError: the error of a request that failed.
@@ -89,26 +96,36 @@ def run(core: EngineCore, requests: Iterable[EngineInput]) -> Measured:
     core.executor = waits
     first: dict[str, float] = {}
     last: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    between: list[float] = []
     counts = dict.fromkeys((request.id for request in requests), 0)
+    at_once = len(requests) if concurrency is None else concurrency
+    later = iter(requests[at_once:])
     gc.collect()
     gc.freeze()
     gc.disable()
     begin = time.perf_counter()
     try:
-        for request in requests:
+        for request in requests[:at_once]:
             core.submit(request)
+            sent[request.id] = 0.0
         while not core.idle:
             deltas = core.step()
             now = time.perf_counter() - begin
             for delta in deltas:
                 if delta.finish is not None and delta.finish.error is not None:
                     raise delta.finish.error
+                name = delta.id
                 if delta.tokens:
-                    name = delta.id
                     if not counts[name]:
                         first[name] = now
+                    elif gaps:
+                        between.append(now - last[name])
                     counts[name] += len(delta.tokens)
                     last[name] = now
+                if delta.finish is not None and (following := next(later, None)) is not None:
+                    core.submit(following)
+                    sent[following.id] = now
         seconds = time.perf_counter() - begin
     finally:
         core.executor = waits.inner
@@ -117,6 +134,8 @@ def run(core: EngineCore, requests: Iterable[EngineInput]) -> Measured:
     stats = core.stats()
     return Measured(
         requests=len(requests), prompt_tokens=sum(len(request.tokens) for request in requests),
-        output_tokens=sum(counts.values()), seconds=seconds, first=list(first.values()),
+        output_tokens=sum(counts.values()), seconds=seconds,
+        first=[now - sent[name] for name, now in first.items()],
         per_token=[(last[name] - first[name]) / (count - 1) for name, count in counts.items() if count > 1],
-        steps=stats.steps - before.steps, waited=waits.seconds, preemptions=stats.preemptions - before.preemptions)
+        steps=stats.steps - before.steps, waited=waits.seconds, preemptions=stats.preemptions - before.preemptions,
+        gaps=between)

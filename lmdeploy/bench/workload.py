@@ -42,6 +42,14 @@ OUTPUTS = ((0.34, 26, 0.9), (0.66, 228, 0.65))
 LEAST, MOST_INPUT, MOST_TOTAL = 4, 1024, 2048
 
 
+def arrivals(requests: int, rate: float, *, seed: int = 0) -> list[float]:
+    """When requests arrive, in seconds: a Poisson process of ``rate`` per second, or all at once if that is infinite."""
+    if rate == float('inf'):
+        return [0.0] * requests
+    waits = np.random.default_rng(seed).exponential(1 / rate, requests)
+    return np.cumsum(waits).tolist()
+
+
 def sharegpt_like(requests: int, *, seed: int = 0) -> Workload:
     """Conversations: lengths from two mixtures, kept where ``4 <= in <= 1024``, ``4 <= out``, ``in + out <= 2048``."""
     random = np.random.default_rng(seed)

@@ -34,11 +34,13 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def collect() -> dict[str, str]:
     """The facts, in the order in which they are printed."""
+    from lmdeploy.runner.host import processor_name
+
     facts = {
         'lmdeploy': __version__,
         'python': sys.version.replace('\n', ' '),
         'platform': platform.platform(),
-        'processor': _processor(),
+        'processor': processor_name(),
         'memory': _memory(),
     }
     for name in PACKAGES:
@@ -65,16 +67,6 @@ def _torch_facts() -> dict[str, str]:
             gpu = torch.cuda.get_device_properties(i)
             facts[f'gpu {i}'] = f'{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, sm_{gpu.major}{gpu.minor}'
     return facts
-
-
-def _processor() -> str:
-    try:
-        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> str:

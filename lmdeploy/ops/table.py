@@ -1,8 +1,8 @@
 """The op table: an op is one contract, one torch reference and any number of fast implementations.
 
 The decorated function is the contract (its docstring) and the reference: the fallback on every device and the oracle of
-every test. Implementations are ordered candidates, the newest registration first; the first whose ``when`` gives no
-reason against it runs. Anyone may add one::
+every test. Implementations are ordered candidates, the newest registration first and those of this package after all
+others; the first whose ``when`` gives no reason against it runs. Anyone may add one, see :mod:`lmdeploy.extend`::
 
     @rms_norm.impl('cpu', when=lambda case: [] if case.dtype is torch.float32 else ['float32 only'])
     def my_rms_norm(x, weight, eps): ...
@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmdeploy.ops import plugins
+
 # where a device's own implementations live; imported when first asked for
 _PACKAGES = {'cpu': 'lmdeploy.ops.cpu', 'cuda': 'lmdeploy.ops.triton'}
 _loaded: set[str] = set()
+_ops: dict[str, Op] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,10 @@ class Implementation:
     device: str
     run: Callable[..., Any]
     when: When
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith('lmdeploy.')
 
     def refuse(self, case: OpCase) -> list[str]:
         if case.device != self.device:
@@ -67,19 +74,33 @@ class Op:
         return run(x, *args)
 
     def impl(self, device: str, when: When = lambda case: []) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: register an implementation for ``device`` in front of the present ones."""
+        """Decorator: register an implementation for ``device`` in front of the present ones.
+
+        Those of this package are imported when they are first needed, so they stay behind whatever is there already.
+        """
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.candidates.insert(0, Implementation(f'{run.__module__}.{run.__name__}', device, run, when))
+            made = Implementation(f'{run.__module__}.{run.__name__}', device, run, when)
+            self.candidates.insert(sum(not c.ours for c in self.candidates) if made.ours else 0, made)
             self._chosen.clear()
             return run
 
         return register
 
+    def withdraw(self, run: Callable[..., Any]) -> None:
+        """Take an implementation out again."""
+        self.candidates = [c for c in self.candidates if c.run is not run]
+        self._chosen.clear()
+
     def select(self, case: OpCase) -> Callable[..., Any]:
         """The first candidate without a reason against it, else the reference."""
         _load(case.device)
         return next((c.run for c in self.candidates if not c.refuse(case)), self.reference)
+
+    def chosen(self, case: OpCase) -> str:
+        """The name of what :meth:`select` takes."""
+        run = self.select(case)
+        return next((c.name for c in self.candidates if c.run is run), 'reference')
 
     def falls_back(self, case: OpCase) -> bool:
         """Whether no implementation takes ``case``, so that the reference runs."""
@@ -99,11 +120,20 @@ class Op:
 
 
 def op(reference: Callable[..., Any]) -> Op:
-    """Make the torch reference ``reference`` an op."""
-    return Op(reference)
+    """Make the torch reference ``reference`` an op; its name is the function's."""
+    made = Op(reference)
+    _ops[made.name] = made
+    return made
+
+
+def registered(device: str) -> dict[str, Op]:
+    """All ops that have been imported, by name, with the implementations for ``device``."""
+    _load(device)
+    return dict(_ops)
 
 
 def _load(device: str) -> None:
     if device in _PACKAGES and device not in _loaded:
         _loaded.add(device)
         import_module(_PACKAGES[device])
+    plugins.load()

@@ -5,7 +5,7 @@ Candidates are ordered; the first without a reason against it is taken. If all r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.ops import plugins
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.cpu import features
 from lmdeploy.ops.cpu import linear as cpu
@@ -173,6 +174,38 @@ LINEAR: list[LinearKernel] = [PackedDense(), Dense()]
 GATED: list[GatedKernel] = [PackedGated(), Interleaved(), Merged()]
 
 
+def register_linear(kernel: LinearKernel) -> LinearKernel:
+    """Put ``kernel`` before all present ones for linear layers."""
+    LINEAR.insert(0, kernel)
+    return kernel
+
+
+def register_gated(kernel: GatedKernel) -> GatedKernel:
+    """Put ``kernel`` before all present ones for the two gated layers of an MLP."""
+    GATED.insert(0, kernel)
+    return kernel
+
+
+def withdraw(kernel: LinearKernel | GatedKernel) -> None:
+    """Take a kernel out of the candidates."""
+    LINEAR[:] = [one for one in LINEAR if one is not kernel]
+    GATED[:] = [one for one in GATED if one is not kernel]
+
+
+def explain(case: KernelCase) -> str:
+    """One line per kernel, those of linear layers and then those of gated ones: chosen, ready, or reasons against."""
+    return '\n'.join((*_states('linear', LINEAR, case), *_states('gated', GATED, case)))
+
+
+def _states(kind: str, kernels: Sequence[K], case: KernelCase) -> Iterator[str]:
+    plugins.load()
+    chosen = False
+    for kernel in kernels:
+        against = kernel.refuse(case)
+        yield f'{kind}: {kernel.name}: {"; ".join(against) if against else "ready" if chosen else "chosen"}'
+        chosen = chosen or not against
+
+
 def choose_kernel(case: KernelCase) -> LinearKernel:
     """The first kernel of a linear layer that does not refuse.
 
@@ -188,6 +221,7 @@ def choose_gated(case: KernelCase) -> GatedKernel:
 
 
 def _choose(kernels: Sequence[K], case: KernelCase) -> K:
+    plugins.load()
     reasons = []
     for kernel in kernels:
         against = kernel.refuse(case)

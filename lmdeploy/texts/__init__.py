@@ -12,7 +12,7 @@ from importlib import import_module
 
 LANGUAGES = ('en', 'zh')
 AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
-         'cli', 'server', 'proxy', 'client')
+         'cli', 'server', 'proxy', 'client', 'bench')
 
 
 @cache

@@ -54,6 +54,14 @@ TEXTS: dict[str, dict[str, str]] = {
               '{batch} 行的单步计算 {workspace} 后只剩 {left}。三种办法：session_len={fits} 或更小；'
               '更小的模型或 max_batch_size；或再释放 {missing} 内存。',
     },
+    'LMD-211': {
+        'en': 'the kernels of {module}{origin} cannot be registered: {reason}. Repair or uninstall that package.',
+        'zh': '无法注册 {module}{origin} 的内核：{reason}。请修复或卸载该软件包。',
+    },
+    'LMD-212': {
+        'en': 'there is no op named {name!r}. Known: {known}.',
+        'zh': '没有名为 {name!r} 的算子。可用：{known}。',
+    },
     'LMD-210': {
         'en': 'the memory of {device} ran out while the engine started, at {stage} ({free} were free before). Close other '
               'programs that use it, or give a smaller max_prefill_token_num, max_batch_size, session_len or '

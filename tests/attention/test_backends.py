@@ -21,7 +21,7 @@ def test_choice():
     assert choose(torch.device('meta'), torch.float32, CASE).name == 'reference'
     assert explain(torch.device('meta'), torch.float32, CASE).splitlines() == [
         'attention: cpu_spans: runs on cpu, not on meta', 'attention: triton_paged: runs on cuda, not on meta',
-        'attention: reference: ready']  # fmt: skip
+        'attention: reference: chosen']  # fmt: skip
 
 
 def batch_of(done: list[int], feed: list[int], blocks: list[list[int]], block_size: int) -> ForwardBatch:

@@ -1,0 +1,32 @@
+"""Shapes of well-known models: their config.json without weights, for runs with random ones.
+
+``shapes:llama3-8b`` stands wherever a benchmark takes a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmdeploy.errors import SourceError
+
+FOLDER = Path(__file__).parent / 'shapes'
+PREFIX = 'shapes:'
+
+
+def names() -> list[str]:
+    """The names after the prefix."""
+    return sorted(path.stem for path in FOLDER.glob('*.json'))
+
+
+def find(model: str) -> Path | None:
+    """The config that ``shapes:NAME`` stands for; None: ``model`` is not of that form.
+
+    Raises:
+        SourceError: LMD-590: there are no shapes of that name.
+    """
+    if not model.startswith(PREFIX):
+        return None
+    name = model.removeprefix(PREFIX)
+    if name not in names():
+        raise SourceError('LMD-590', name=name, known=', '.join(PREFIX + known for known in names()))
+    return FOLDER / f'{name}.json'
