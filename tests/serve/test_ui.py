@@ -296,6 +296,13 @@ def test_reasoning_is_folded_and_is_not_sent_back(page, scripted):
     page.wait(f'document.querySelectorAll(".answer").length === 2 && {IDLE}')
     assert [m.content for m in scripted.asked[1].messages] == ['why?', 'yes, 你好', 'again']
     assert all(m.reasoning_content is None for m in scripted.asked[1].messages)
+    scripted.pieces = [HttpError('LMD-518', retry_after=5)]
+    ask(page, 'now?')
+    page.wait('document.querySelector(".answer .error")')
+    page.open(page.js('location.href'))
+    page.wait('document.querySelector("#model").value')
+    assert page.text('.thought summary') == 'Thoughts' and last(page) == 'yes, 你好'
+    assert page.js('document.querySelectorAll(".user, .answer").length') == 5  # all but the answer that failed
 
 
 @browser_there

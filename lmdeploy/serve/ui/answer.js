@@ -78,10 +78,11 @@ export class AnswerView {
     });
   }
 
-  think(text) {
+  /** A piece of the reasoning, under a title. */
+  think(text, title = 'thinking') {
     if (!this.thought) {
       this.thoughtBody = make('div');
-      this.thought = make('details', { class: 'thought' }, word('summary', 'thinking'), this.thoughtBody);
+      this.thought = make('details', { class: 'thought' }, word('summary', title), this.thoughtBody);
       this.node.prepend(this.thought);
     }
     this.reasoning += text;

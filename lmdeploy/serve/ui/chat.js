@@ -484,9 +484,11 @@ function restore() {
       addQuestion(content);
       continue;
     }
+    if (!content && !reasoning) continue; // it failed
     const turn = addAnswer();
-    if (reasoning) turn.view.think(reasoning);
-    turn.content = turn.view.content = content;
+    if (reasoning) turn.view.think(reasoning, 'thoughts');
+    Object.assign(turn, { content, reasoning });
+    turn.view.content = content;
     turn.view.finish();
   }
   remember();
