@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -141,7 +142,8 @@ def test_the_server_of_an_embedding_model_and_no_pipeline_of_it(folder, tmp_path
     with pytest.raises(ConfigError) as caught:
         lmdeploy.pipeline(str(folder))
     assert caught.value.code == 'LMD-119'
-    with api_server(str(folder), tmp_path, '--model-name', 'toy') as running:
+    with api_server(str(folder), tmp_path, '--model-name', 'toy', '--no-ui') as running:
+        shape(httpx.get(f'http://127.0.0.1:{running.port}/'), 404, 'not_found')
         client = openai.OpenAI(api_key='none', base_url=f'http://127.0.0.1:{running.port}/v1', max_retries=0)
         rows = client.embeddings.create(model='toy', input=TEXTS).data
         assert np.allclose([row.embedding for row in rows], wanted, atol=1e-4)
