@@ -367,7 +367,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: T
     rows, group, padded = kv_lens.shape[0], heads // kv_heads, triton.next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
     k, v = k_pages, v_pages
-    if config.tma:
+    tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
+    if tma:
         k, v = (TensorDescriptor(pages, [pages.numel() // dim, dim], [dim, 1], [TILE, padded])
                 for pages in (k_pages, v_pages))  # fmt: skip
     width = min(triton.next_power_of_2(group * dim), 512)
@@ -375,8 +376,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: T
         q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.tiles, plan.starts, workspace.sums,
         workspace.stats, workspace.counts, rows, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
         GROUP=group, M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=config.tma, FUSED=config.fused,
-        PRECISION='ieee' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 1),
+        WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=tma, FUSED=config.fused,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 1),
         LEAST=config.least, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
     if not config.fused and plan.programs > 1:

@@ -31,11 +31,11 @@ class PrefillConfig:
     tma: bool = True
 
 
-def config_of(group: int, dim: int) -> PrefillConfig:
-    """The launch parameters for ``group`` query heads per key head of ``dim`` channels."""
-    if dim > 128:
-        return PrefillConfig(64, 1, 4, 2)
-    return PrefillConfig(128, 1, 8, 3)
+def config_of(group: int, dim: int, size: int) -> PrefillConfig:
+    """The launch parameters for ``group`` query heads per key head of ``dim`` channels of ``size`` bytes."""
+    if size == 4:
+        return PrefillConfig(64 if dim <= 128 else 32, 1, 4, 3)
+    return PrefillConfig(64, 1, 4, 5 if dim <= 128 else 3)
 
 
 @triton.jit
@@ -195,16 +195,17 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: 
     heads, dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     group, padded = heads // kv_heads, triton.next_power_of_2(dim)
-    config = config or config_of(group, dim)
+    config = config or config_of(group, dim, q.element_size())
     pdl = supports_pdl(q.device)
     m = max(config.rows, triton.next_power_of_2(group))
     k, v = k_pages, v_pages
-    if config.tma:
+    tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
+    if tma:
         k, v = (TensorDescriptor(plane, [plane.numel() // dim, dim], [dim, 1], [TILE, padded])
                 for plane in (k_pages, v_pages))  # fmt: skip
     _prefill_kernel[(kv_heads, tokens // (m // group) + rows)](
         q, k, v, out, block_table, table_rows, query_start, kv_lens, first_row, rows, block_table.stride(0),
         q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group, M=m, D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        PAGES=config.pages, WINDOW=window, STAGES=config.num_stages, TMA=config.tma,
-        PRECISION='ieee' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+        PAGES=config.pages, WINDOW=window, STAGES=config.num_stages, TMA=tma,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
