@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from lmdeploy.serve import connection
 from lmdeploy.serve.auth import KeyRing
 from lmdeploy.serve.limits import Limits
-from tests.serve.fake_server import MODEL, events
+from tests.serve.fake_server import CHAT, MODEL, events
 from tests.serve.live import live
 from tests.serve.test_live import raw, start_stream
 
@@ -305,6 +306,50 @@ def test_a_client_that_leaves_in_the_middle_of_its_own_pipeline_leaves_nothing(s
             assert time.monotonic() < end
             time.sleep(0.01)
     assert server.settled()
+
+
+def chat(**change: object) -> bytes:
+    body = json.dumps(CHAT | {'max_tokens': 200, 'ignore_eos': True} | change).encode()
+    return post(b'Content-Length: %d' % len(body), body, b'POST /v1/chat/completions HTTP/1.1')
+
+
+SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': {
+    'type': 'object', 'properties': {f'p{i}': {'type': 'string', 'maxLength': 50} for i in range(100)}}}}
+PHASES = {  # what was sent when the client leaves
+    'half a header': chat()[:60],
+    'half a body': chat()[:-20],
+    'half of chunks': post(CODED, b'5\r\n{"mod\r\n', b'POST /v1/chat/completions HTTP/1.1'),
+    'a request': chat(),
+    'a request with another behind it': chat() + NEXT,
+    'a request with half of one behind it': chat() + chat()[:-20],
+    'a request for several answers': chat(n=4),
+    'a stream': chat(stream=True),
+    'a stream with another behind it': chat(stream=True) * 2,
+    'a request whose grammar is compiled': chat(response_format=SCHEMA, ignore_eos=False),
+}
+
+
+@pytest.mark.parametrize('kill', [False, True], ids=['closed', 'killed'])
+@pytest.mark.parametrize('wait', [0.0, 0.05], ids=['at once', 'later'])
+def test_whoever_leaves_is_noticed_in_every_phase(serve, kill, wait):
+    server = serve(step_seconds=0.02, max_batch_size=2, max_concurrent_requests=8)  # 200 steps would take 4 seconds
+    with live(server) as running:
+        for phase, data in PHASES.items():
+            for _ in range(3):  # one of them waits
+                sock = socket.create_connection(('127.0.0.1', running.port))
+                sock.sendall(data)
+                time.sleep(wait)
+                if kill:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, connection.RESET)
+                sock.close()
+            end = time.monotonic() + 2.0
+            while held(running.port) or server.context.running or server.client.stats().used_blocks:
+                assert time.monotonic() < end, phase
+                time.sleep(0.01)
+        assert server.settled()
+    server.context.metrics.check()
+    assert server.context.metrics.finished == 0
+    assert server.context.admission.running == server.context.admission.queued == 0
 
 
 def test_a_stream_is_the_same_over_one_connection_and_many(serve):
