@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmdeploy.errors import SourceError
 
-FOLDER = Path(__file__).parent / 'shapes'
+FOLDER = Path(__file__).parent / 'configs'
 PREFIX = 'shapes:'
 
 
@@ -30,3 +30,11 @@ def find(model: str) -> Path | None:
     if name not in names():
         raise SourceError('LMD-590', name=name, known=', '.join(PREFIX + known for known in names()))
     return FOLDER / f'{name}.json'
+
+
+def config_alone(model: str) -> Path | None:
+    """The folder or the file that ``model`` names, if it is there and holds a config; weights are not asked for."""
+    path = Path(model).expanduser()
+    if (path / 'config.json').is_file() or path.suffix == '.json' and path.is_file():
+        return path
+    return None

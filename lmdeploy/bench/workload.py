@@ -43,7 +43,7 @@ LEAST, MOST_INPUT, MOST_TOTAL = 4, 1024, 2048
 
 
 def arrivals(requests: int, rate: float, *, seed: int = 0) -> list[float]:
-    """When requests arrive, in seconds: a Poisson process of ``rate`` per second, or all at once if that is infinite."""
+    """When requests arrive, in seconds: a Poisson process of ``rate`` per second, or all at once if it is infinite."""
     if rate == float('inf'):
         return [0.0] * requests
     waits = np.random.default_rng(seed).exponential(1 / rate, requests)

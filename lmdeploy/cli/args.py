@@ -66,13 +66,15 @@ ENGINE_OPTIONS = (
 )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, options: Sequence[EngineOption] = ENGINE_OPTIONS) -> None:
-    """The engine's flags, ``--backend`` and ``--chat-template``."""
+def add_engine_arguments(parser: argparse.ArgumentParser, options: Sequence[EngineOption] = ENGINE_OPTIONS, *,
+                         template: bool = True) -> None:
+    """The engine's flags, ``--backend`` and, if there are texts, ``--chat-template``."""
     group = parser.add_argument_group('engine')
     group.add_argument('--backend', choices=('turbomind', 'pytorch'), default=None,
                        help='under whose names the one engine is configured (default: as the other options need)')
-    group.add_argument('--chat-template', default=None, metavar='NAME',
-                       help='a template name (see lmdeploy list --templates), a JSON file or JSON text')
+    if template:
+        group.add_argument('--chat-template', default=None, metavar='NAME',
+                           help='a template name (see lmdeploy list --templates), a JSON file or JSON text')
     for option in options:
         kind: dict[str, Any] = {'type': option.type, 'metavar': option.type.__name__.upper()}
         if option.type is bool:

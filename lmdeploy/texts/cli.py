@@ -54,6 +54,10 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'no model was named. Write lmdeploy serve api_server MODEL, for example smollm2:135m.',
         'zh': '未指定模型。请写成 lmdeploy serve api_server MODEL，例如 smollm2:135m。',
     },
+    'LMD-413': {
+        'en': '--copy-gbs and --peak-tflops make a roofline together. Give both, or neither to have them measured.',
+        'zh': '--copy-gbs 与 --peak-tflops 共同决定 roofline。请同时给出，或都省略以便自动测量。',
+    },
 }
 
 NOTES: dict[str, dict[str, str]] = {
@@ -224,6 +228,14 @@ NOTES: dict[str, dict[str, str]] = {
     'list_hint': {
         'en': 'Any folder, .gguf file or hub id (org/name) works as well: lmdeploy chat PATH_OR_ID',
         'zh': '本地文件夹、.gguf 文件或 hub 上的模型 id（org/name）同样可用：lmdeploy chat 路径或ID',
+    },
+    'bench_roof': {
+        'en': 'Roofline: {copy:,.1f} GB/s, {peak:,.2f} TFLOP/s ({source}).',
+        'zh': 'Roofline：{copy:,.1f} GB/s，{peak:,.2f} TFLOP/s（{source}）。',
+    },
+    'bench_failed': {
+        'en': '{count} requests failed: {reason}',
+        'zh': '{count} 个请求失败：{reason}',
     },
     'written': {
         'en': 'Written to {path}.',

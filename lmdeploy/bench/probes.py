@@ -1,0 +1,348 @@
+"""What is measured of each op: calls on tensors of a model's shapes, and the bytes and operations that they need.
+
+``OPS`` has an entry for every op of the table. Products and attention are measured as the model runs them, through the
+kernels and the backend that it would choose, and not as ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmdeploy.attention.backend import AttentionCase, Rotation, choose
+from lmdeploy.bench.device import Call
+from lmdeploy.config.model import ModelConfig
+from lmdeploy.kv.cache import PAGE, KVCache, KVShape
+from lmdeploy.ops.sample import uniforms
+from lmdeploy.ops.table import registered
+from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.kernels import KernelCase, choose_gated, choose_kernel
+from lmdeploy.quant.scheme import dense_scheme
+from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.tables import DeviceTables
+
+CACHED_GPU, CACHED_CPU = 400 << 20, 64 << 20  # bytes that no cache holds
+MOST_COPIES = 64
+
+
+@dataclass(slots=True)
+class Probe:
+    """One thing to measure.
+
+    Attributes:
+        calls: the same work on copies of the tensors, which take turns.
+        bytes: that one call has to read and write. flops: operations of its products.
+    """
+
+    name: str
+    shape: str
+    implementation: str
+    calls: list[Call]
+    bytes: float
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where and for what shapes.
+
+    Attributes:
+        rows: tokens of a step. context: cached tokens of each row, where that matters.
+    """
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    context: int
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+
+    def copies(self, nbytes: float) -> int:
+        """So many copies of a call's tensors lie outside every cache."""
+        enough = CACHED_CPU if self.device.type == 'cpu' else CACHED_GPU
+        return max(1, min(MOST_COPIES, int(enough // max(1.0, nbytes)) + 1))
+
+    def calls(self, nbytes: float, make: Callable[[], Call]) -> list[Call]:
+        return [make() for _ in range(self.copies(nbytes))]
+
+
+Work = tuple[str, float, float, Callable[[], Call]]  # shape, bytes, flops, and what makes a call on new tensors
+
+
+def _norm(bench: Bench, name: str) -> Work:
+    op, width = registered(bench.device.type)[name], bench.config.hidden_size
+    inputs = 1 if name == 'rms_norm' else 2
+    weights = [bench.random(width) for _ in range(2 if name == 'norm_add_rms_norm' else 1)]
+
+    def make() -> Call:
+        xs = [bench.random(bench.rows, width) for _ in range(inputs)]
+        return lambda: op(*xs, *weights, bench.config.rms_norm_eps)
+
+    return f'[{bench.rows}, {width}]', 2 * inputs * bench.rows * width * bench.dtype.itemsize, 0.0, make
+
+
+def _activation(bench: Bench, name: str) -> Work:
+    op, width = registered(bench.device.type)[name], bench.config.intermediate_size
+
+    def make() -> Call:
+        x = bench.random(bench.rows, 2 * width)
+        return lambda: op(x)
+
+    return f'[{bench.rows}, 2 x {width}]', 3 * bench.rows * width * bench.dtype.itemsize, 0.0, make
+
+
+def _embed(bench: Bench, name: str) -> Work:
+    op, config = registered(bench.device.type)[name], bench.config
+    table = bench.random(config.vocab_size, config.hidden_size)
+
+    def make() -> Call:
+        ids = torch.randint(config.vocab_size, (bench.rows,), device=bench.device, dtype=torch.int32)
+        return lambda: op(ids, table, 1.0)
+
+    return f'[{bench.rows}] of {config.vocab_size}', 2 * bench.rows * config.hidden_size * bench.dtype.itemsize, 0, make
+
+
+def _rope_tables(bench: Bench, name: str) -> Work:
+    op, dim = registered(bench.device.type)[name], bench.config.head_dim
+
+    def make() -> Call:
+        positions = torch.arange(bench.rows, device=bench.device, dtype=torch.int32)
+        frequencies = torch.rand(dim // 2, device=bench.device)
+        return lambda: op(positions, frequencies, 1.0)
+
+    return f'[{bench.rows}, {dim}]', 8 * bench.rows * dim, 0.0, make
+
+
+def _rotation(bench: Bench, rows: int) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(rows, 1, bench.config.head_dim, device=bench.device)
+    return angles.cos(), angles.sin()
+
+
+def _rope(bench: Bench, name: str) -> Work:
+    op, config = registered(bench.device.type)[name], bench.config
+    shape = (bench.rows, config.num_heads + config.num_kv_heads, config.head_dim)
+    size = shape[0] * shape[1] * shape[2]
+    cos, sin = _rotation(bench, bench.rows)
+
+    def make() -> Call:
+        x = bench.random(*shape)
+        return lambda: op(x, cos, sin)
+
+    return str(list(shape)), size * (bench.dtype.itemsize + 4), 0.0, make
+
+
+def _pages(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
+    """Key and value pages of one layer for the rows, and where each row writes."""
+    blocks = -(-bench.rows // PAGE) + 1
+    shape = (blocks, bench.config.num_kv_heads, PAGE, bench.config.head_dim)
+    slots = torch.arange(PAGE, PAGE + bench.rows, device=bench.device)
+    k, v = (torch.zeros(shape, dtype=bench.dtype, device=bench.device) for _ in range(2))
+    return k, v, slots
+
+
+def _write_kv(bench: Bench, name: str) -> Work:
+    op, config = registered(bench.device.type)[name], bench.config
+    shape = (bench.rows, config.num_kv_heads, config.head_dim)
+
+    def make() -> Call:
+        k, v, (k_pages, v_pages, slots) = bench.random(*shape), bench.random(*shape), _pages(bench)
+        return lambda: op(k, v, k_pages, v_pages, slots)
+
+    return f'2 x {list(shape)}', 4 * shape[0] * shape[1] * shape[2] * bench.dtype.itemsize, 0.0, make
+
+
+def _rope_write_kv(bench: Bench, name: str) -> Work:
+    op, config = registered(bench.device.type)[name], bench.config
+    shape = (bench.rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+    cos, sin = _rotation(bench, bench.rows)
+
+    def make() -> Call:
+        qkv, (k_pages, v_pages, slots) = bench.random(*shape), _pages(bench)
+        return lambda: op(qkv, cos, sin, None, None, config.rms_norm_eps, k_pages, v_pages, slots)
+
+    return str(list(shape)), 2 * shape[0] * shape[1] * shape[2] * bench.dtype.itemsize, 0.0, make
+
+
+def _logits(bench: Bench, name: str) -> Work:
+    """Ops that take logits and perhaps something more."""
+    op, shape = registered(bench.device.type)[name], (bench.rows, bench.config.vocab_size)
+    rows = bench.rows
+
+    def make() -> Call:
+        logits = bench.random(*shape, dtype=torch.float32)
+        if name == 'ranked':
+            return lambda: op(logits, 20)
+        if name == 'draw':
+            full = {'device': bench.device}
+            top_k, top_p = torch.full((rows,), 40, **full), torch.full((rows,), 0.9, dtype=torch.float64, **full)
+            draws = torch.from_numpy(_draws(rows)).to(bench.device)
+            heat, share = torch.full((rows,), 0.8, **full), torch.zeros(rows, **full)
+            return lambda: op(logits, heat, top_k, top_p, share, draws)
+        if name == 'sample_slots':
+            tables = DeviceTables(rows, PAGE, PAGE, 0, bench.device).sampling
+            at = torch.arange(rows, device=bench.device, dtype=torch.int32)
+            return lambda: op(logits, at, at, tables, True)
+        return lambda: op(logits)
+
+    return str(list(shape)), 4 * shape[0] * shape[1], 0.0, make
+
+
+def _draws(rows: int):
+    import numpy as np
+
+    return uniforms(np.arange(rows, dtype=np.uint64), np.zeros(rows, dtype=np.uint64))
+
+
+def _decode_inputs(bench: Bench, name: str) -> Work:
+    op, rows = registered(bench.device.type)[name], bench.rows
+
+    def make() -> Call:
+        packed = torch.zeros(4, rows, dtype=torch.int32, device=bench.device)
+        packed[0] = torch.arange(rows)
+        blocks = torch.zeros(rows + 1, -(-bench.context // PAGE), dtype=torch.int32, device=bench.device)
+        last = torch.zeros(rows + 1, dtype=torch.int32, device=bench.device)
+        return lambda: op(packed, blocks, last, PAGE)
+
+    return f'[4, {rows}]', 44 * rows, 0.0, make
+
+
+def _keep_results(bench: Bench, name: str) -> Work:
+    op, rows = registered(bench.device.type)[name], bench.rows
+
+    def make() -> Call:
+        results = torch.zeros(4, 2 * rows, dtype=torch.int32, device=bench.device)
+        turn = torch.ones(1, dtype=torch.int32, device=bench.device)
+        tokens = torch.zeros(rows, dtype=torch.int32, device=bench.device)
+        status = torch.zeros(rows, dtype=torch.uint8, device=bench.device)
+        return lambda: op(results, turn, tokens, status)
+
+    return f'[{rows}]', 13 * rows, 0.0, make
+
+
+OPS: dict[str, Callable[[Bench, str], Work]] = {
+    'rms_norm': _norm, 'add_rms_norm': _norm, 'norm_add_rms_norm': _norm, 'silu_mul': _activation,
+    'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
+    'rope_write_kv': _rope_write_kv, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
+    'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs, 'keep_results': _keep_results,
+}
+AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'}  # see linears() and attention()
+
+
+def ops(bench: Bench) -> Iterator[Probe]:
+    """Every op that has an implementation for the device."""
+    from lmdeploy.ops.table import OpCase
+
+    for name, op in sorted(registered(bench.device.type).items()):
+        if name not in OPS or not any(candidate.device == bench.device.type for candidate in op.candidates):
+            continue
+        shape, nbytes, flops, make = OPS[name](bench, name)
+        chosen = op.chosen(OpCase(bench.device.type, bench.dtype)).removeprefix('lmdeploy.ops.')
+        yield Probe(name, shape, chosen, bench.calls(nbytes, make), nbytes, flops)
+
+
+def linears(bench: Bench) -> Iterator[Probe]:
+    """The products of a layer and of the output head, by the kernels that the model would choose."""
+    config = bench.config
+    hidden, query = config.hidden_size, config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    for name, out, inner in (('qkv', query + 2 * kv, hidden), ('o', hidden, query),
+                             ('down', hidden, config.intermediate_size), ('head', config.vocab_size, hidden)):
+        yield _linear(bench, name, out, inner)
+    yield _gated(bench, hidden, config.intermediate_size)
+
+
+def _bundle(bench: Bench, out: int, inner: int) -> LinearBundle:
+    scheme = dense_scheme(8 * bench.dtype.itemsize)
+    return LinearBundle(scheme, out, inner, weight=bench.random(out, inner) * inner**-0.5)
+
+
+def _product_cost(bench: Bench, out: int, inner: int) -> tuple[float, float]:
+    """Bytes and operations of ``[rows, inner] @ [inner, out]``."""
+    numbers = out * inner + bench.rows * (inner + out)
+    return numbers * bench.dtype.itemsize, 2.0 * bench.rows * out * inner
+
+
+def _linear(bench: Bench, name: str, out: int, inner: int) -> Probe:
+    case = KernelCase(dense_scheme(8 * bench.dtype.itemsize), bench.dtype, bench.device)
+    kernel = choose_kernel(case)
+    nbytes, flops = _product_cost(bench, out, inner)
+
+    def make() -> Call:
+        packed, x = kernel.pack(_bundle(bench, out, inner), case), bench.random(bench.rows, inner)
+        return (lambda: kernel.apply_float(x, packed)) if name == 'head' else (lambda: kernel.apply(x, packed))
+
+    return Probe(f'linear {name}', f'[{bench.rows}, {inner}] x [{inner}, {out}]', kernel.name,
+                 bench.calls(nbytes, make), nbytes, flops)
+
+
+def _gated(bench: Bench, hidden: int, inner: int) -> Probe:
+    case = KernelCase(dense_scheme(8 * bench.dtype.itemsize), bench.dtype, bench.device, inner)
+    kernel = choose_gated(case)
+    nbytes, flops = _product_cost(bench, 2 * inner, hidden)
+    nbytes -= bench.rows * inner * bench.dtype.itemsize  # what comes out is half as wide
+
+    def make() -> Call:
+        packed = kernel.pack(_bundle(bench, inner, hidden), _bundle(bench, inner, hidden), case)
+        x = bench.random(bench.rows, hidden)
+        return lambda: kernel.apply(x, packed, bench.config.activation)
+
+    return Probe('linear gate_up', f'[{bench.rows}, {hidden}] x [{hidden}, 2 x {inner}]', kernel.name,
+                 bench.calls(nbytes, make), nbytes, flops)
+
+
+def attention(bench: Bench) -> Iterator[Probe]:
+    """The backend that the model would choose, rotation and cache write included: a decode step, and one prompt."""
+    yield _attention(bench, 'attention decode', [1] * bench.rows)
+    yield _attention(bench, 'attention prompt', [bench.context])
+
+
+def _attention(bench: Bench, name: str, queries: list[int]) -> Probe:
+    config, context = bench.config, bench.context
+    case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim)
+    backend = choose(bench.device, bench.dtype, case)
+    per_row, rows, tokens = -(-context // PAGE), len(queries), sum(queries)
+    cached = 2 * rows * context * config.num_kv_heads * config.head_dim * bench.dtype.itemsize
+    layers = bench.copies(cached)
+    kv = KVCache(KVShape(layers, config.num_kv_heads, config.head_dim), rows * per_row, PAGE, bench.dtype, bench.device)
+    batch = _batch(bench, queries, per_row)
+    batch.plan = backend.prepare(case, batch, kv)
+    cos, sin = _rotation(bench, tokens)
+    width = config.num_heads + 2 * config.num_kv_heads
+    qkv = bench.random(tokens, width, config.head_dim)
+    scale = config.attention_scalar**-0.5
+
+    def call_of(layer: int) -> Call:
+        pages, rotation = kv.layer(layer), Rotation(cos, sin)
+        return lambda: backend.run(qkv, rotation, pages, batch, scale, 0)
+
+    pairs = sum(context * n - n * (n - 1) / 2 for n in queries)  # of a query and a key that it sees
+    moved = cached + tokens * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * bench.dtype.itemsize
+    return Probe(name, f'{rows} x {queries[0]} over {context}', backend.name, [call_of(i) for i in range(layers)],
+                 moved, 4 * pairs * config.num_heads * config.head_dim)
+
+
+def _batch(bench: Bench, queries: list[int], per_row: int) -> ForwardBatch:
+    """Every row's queries are the last tokens of its context."""
+    device, rows, context = bench.device, len(queries), bench.context
+    table = torch.arange(1, rows * per_row + 1, dtype=torch.int32).view(rows, per_row)
+    positions = [p for n in queries for p in range(context - n, context)]
+    row_of = [row for row, n in enumerate(queries) for _ in range(n)]
+    slots = [int(table[row, p // PAGE]) * PAGE + p % PAGE for row, p in zip(row_of, positions)]
+    start = [0]
+    for n in queries:
+        start.append(start[-1] + n)
+
+    def index(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return ForwardBatch(
+        token_ids=torch.zeros(len(positions), dtype=torch.int32, device=device), positions=index(positions),
+        kv_slots=index(slots, torch.int64), query_start=index(start), kv_lens=index([context] * rows),
+        block_table=table.to(device), output_rows=index(start[1:], torch.int64) - 1, max_query=max(queries),
+        max_kv=context, host_query_start=start, host_kv_lens=[context] * rows,
+        num_decode=rows if max(queries) == 1 else 0)

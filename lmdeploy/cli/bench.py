@@ -1,0 +1,28 @@
+"""``lmdeploy bench``: a table of benchmarks, which are modules with ``add_arguments`` and ``run`` as commands are."""
+
+from __future__ import annotations
+
+import argparse
+
+from lmdeploy.cli.entrypoint import Command, add_common
+from lmdeploy.cli.screen import Screen
+
+BENCHMARKS = {
+    'throughput': Command('lmdeploy.cli.bench_throughput', 'many requests through the engine, as fast as it goes'),
+    'latency': Command('lmdeploy.cli.bench_latency', 'one request after another: time to the first token and per token'),
+    'serve': Command('lmdeploy.cli.bench_serve', 'requests that arrive at a running server'),
+    'kernels': Command('lmdeploy.cli.bench_kernels', 'every kernel of this device beside its bound'),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benchmarks = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', title='benchmarks', required=True)
+    for name, benchmark in BENCHMARKS.items():
+        sub = benchmarks.add_parser(name, help=benchmark.help, description=f'{benchmark.help.capitalize()}.',
+                                    allow_abbrev=False)
+        benchmark.load().add_arguments(sub)
+        add_common(sub, suppress=True)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    return BENCHMARKS[args.benchmark].load().run(args, screen)
