@@ -1,8 +1,9 @@
 """The last kernel of sampling: one program per row inverts the cumulative distribution of what the row's cuts leave.
 
 A row that cuts nothing off needs one tile: the sums of the tiles say which. A row with cuts has its candidates in a
-list of at most ``MOST``, which is sorted here; what follows is the reference's arithmetic. A flat distribution leaves
-more: then the borders are found by halving the range of a logit's 32 bits, each time over the whole row.
+list. Up to ``SORTED`` of them are sorted; what follows is the reference's arithmetic. Otherwise the two borders, of
+what is kept and of what is drawn, are searched for in the range of a logit's 32 bits, a quarter of it at a time: over
+the list or, where a flat distribution leaves more than ``LISTED``, over the whole row.
 """
 
 from __future__ import annotations
@@ -14,16 +15,48 @@ from lmdeploy.ops.slots import GENERATED, MOST_SEEN
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait
 
 DONE, DRAW_WHOLE, DRAW_CUT = 0, 1, 2  # what is left to do for a row
-BINS = 256  # of distances from the best, in steps of 1/8; the last holds all that is farther
-MOST = 1024  # candidates that are sorted
-_WHOLE = tl.constexpr(DRAW_WHOLE)
+LEVELS = 16  # distances from the best within which tokens are counted and their weights summed
+SORTED, LISTED = 512, 8192  # candidates that are sorted, and that are listed at all
+_WHOLE, _LEVELS = tl.constexpr(DRAW_WHOLE), tl.constexpr(LEVELS)
+_LOWEST = tl.constexpr(-0x80000000)
 _GENERATED, _MOST_SEEN = tl.constexpr(GENERATED), tl.constexpr(MOST_SEEN)
 
 
 @triton.jit
-def steps_below(scaled, BINS: tl.constexpr):
-    """The bin of tokens whose logits over temperature are ``scaled`` (at most 0) above the best's."""
-    return tl.minimum(scaled * -8.0, BINS - 1.0).to(tl.int32)
+def levels():
+    """``[LEVELS] float32``: distances in units of the temperature, finer near the best; the last holds everything."""
+    index = tl.arange(0, _LEVELS)
+    return tl.where(index < _LEVELS - 1, 0.09 * ((index + 1) * (index + 1)).to(tl.float32), float('inf'))
+
+
+@triton.jit
+def keys(x):
+    """int32 in the order of float32 numbers; both zeros are one."""
+    x = tl.where(x == 0, 0.0, x)
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(key):
+    """The number with this key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ranks(key, ids):
+    """int64 in the order of drawing, the largest first: by key, then the lower id first; never 0."""
+    return ((key.to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def key_of(rank):
+    return ((rank >> 31) - 0x80000000).to(tl.int32)
+
+
+@triton.jit
+def id_of(rank):
+    return (0x7FFFFFFF - (rank & 0x7FFFFFFF)).to(tl.int32)
 
 
 @triton.jit
@@ -51,14 +84,14 @@ def _draw_whole(base, masses, best, heat, uniform, vocab, tiles, TILE: tl.conste
 
 
 @triton.jit
-def _draw_sorted(ranked, number, whole, best, heat, k, p, share, uniform, vocab, SIZE: tl.constexpr):
+def _draw_sorted(values, ids, number, whole, best, heat, k, p, share, uniform, vocab, SIZE: tl.constexpr):
     """``whole``: mass of all tokens, where top-k is off."""
     places = tl.arange(0, SIZE)
-    ranks = tl.sort(tl.load(ranked + places, mask=places < number, other=0), descending=True)
-    ids = (0x7FFFFFFF - (ranks & 0x7FFFFFFF)).to(tl.int32)
-    key = ((ranks >> 31) - 0x80000000).to(tl.int32)
-    x = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    weight = tl.where(places < number, tl.exp(tl.div_rn(x - best, heat)), 0.0)
+    there = places < number
+    x = tl.load(values + places, mask=there, other=0.0)
+    token = tl.load(ids + places, mask=there, other=0)
+    order = tl.sort(tl.where(there, ranks(keys(x), token), 0), descending=True)
+    weight = tl.where(there, tl.exp(tl.div_rn(value_of(key_of(order)) - best, heat)), 0.0)
     sums = tl.cumsum(weight.to(tl.float64), 0)
     limit = number
     total = whole
@@ -67,123 +100,166 @@ def _draw_sorted(ranked, number, whole, best, heat, k, p, share, uniform, vocab,
         total = tl.sum(tl.where(places == limit - 1, sums, 0.0), 0)
     kept = limit
     if p < 1:
-        kept = tl.minimum(kept, tl.sum(((sums < p * total) & (places < number)).to(tl.int32), 0) + 1)
-    kept = tl.minimum(kept, tl.sum(((weight >= share) & (places < number)).to(tl.int32), 0))
-    kept = tl.maximum(kept, 1)
+        kept = tl.minimum(kept, tl.sum(((sums < p * total) & there).to(tl.int32), 0) + 1)
+    kept = tl.maximum(tl.minimum(kept, tl.sum(((weight >= share) & there).to(tl.int32), 0)), 1)
     goal = _goal(uniform, tl.sum(tl.where(places == kept - 1, sums, 0.0), 0))
     place = tl.minimum(tl.sum(((sums <= goal) & (places < kept)).to(tl.int32), 0), kept - 1)
-    return tl.sum(tl.where(places == place, ids, 0), 0)
+    return id_of(tl.sum(tl.where(places == place, order, 0), 0))
 
 
 @triton.jit
-def _keys(x):
-    x = tl.where(x == 0, 0.0, x)
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _above(values, number, first, second, third, best, heat, TILE: tl.constexpr):
+    """How many of ``number`` values have at least each of three keys, and their masses.
 
-
-@triton.jit
-def _above(base, key, best, heat, vocab, TILE: tl.constexpr):
-    """How many tokens have keys of at least ``key``, and their mass."""
-    count = tl.zeros((TILE,), tl.int32)
-    mass = tl.zeros((TILE,), tl.float64)
-    for start in range(0, vocab, TILE):
-        at = start + tl.arange(0, TILE)
-        x = tl.load(base + at, mask=at < vocab, other=float('-inf')).to(tl.float32)
-        taken = (at < vocab) & (_keys(x) >= key)
-        count += taken.to(tl.int32)
-        mass += tl.where(taken, tl.exp(tl.div_rn(x - best, heat)), 0.0).to(tl.float64)
-    return tl.sum(count, 0), tl.sum(mass, 0)
-
-
-@triton.jit
-def _border(base, count_goal, mass_goal, best, heat, vocab, BY_MASS: tl.constexpr, PASS: tl.constexpr,
-            TILE: tl.constexpr):  # fmt: skip
-    """Where the ranking reaches a goal: ``(key, count and mass above the key, weight of a token of this key)``.
-
-    The goal is ``count_goal`` tokens or a mass of ``mass_goal`` (reached or, with ``PASS``, passed): the largest key at
-    which the tokens of at least this key reach it.
+    A lane adds few weights, in float32; lanes are added in float64.
     """
-    low = tl.full((), -0x80000000, tl.int64)
-    high = _keys(best).to(tl.int64)
+    count1 = tl.zeros((TILE,), tl.int32)
+    count2 = tl.zeros((TILE,), tl.int32)
+    count3 = tl.zeros((TILE,), tl.int32)
+    mass1 = tl.zeros((TILE,), tl.float32)
+    mass2 = tl.zeros((TILE,), tl.float32)
+    mass3 = tl.zeros((TILE,), tl.float32)
+    for start in tl.range(0, number, TILE, num_stages=3):
+        at = start + tl.arange(0, TILE)
+        there = at < number
+        x = tl.load(values + at, mask=there, other=float('-inf'))
+        key = keys(x)
+        weight = tl.exp((x - best) / heat)
+        count1 += (there & (key >= first)).to(tl.int32)
+        count2 += (there & (key >= second)).to(tl.int32)
+        count3 += (there & (key >= third)).to(tl.int32)
+        mass1 += tl.where(key >= first, weight, 0.0)
+        mass2 += tl.where(key >= second, weight, 0.0)
+        mass3 += tl.where(key >= third, weight, 0.0)
+    return (tl.sum(count1, 0), tl.sum(count2, 0), tl.sum(count3, 0), tl.sum(mass1.to(tl.float64), 0),
+            tl.sum(mass2.to(tl.float64), 0), tl.sum(mass3.to(tl.float64), 0))  # fmt: skip
+
+
+@triton.jit
+def _border(values, number, goal, strict, by_number, sums, best, heat, TILE: tl.constexpr):
+    """Where the ranking reaches ``goal``, a number of tokens or a mass, or passes it (``strict``).
+
+    ``sums [LEVELS]`` of what the goal is measured in tell where to look first.
+
+    Returns:
+        The largest key at which the tokens of at least this key reach the goal; count and mass above it; its weight.
+    """
+    index = tl.arange(0, _LEVELS)
+    level = tl.sum(((sums < goal) | (strict & (sums == goal))).to(tl.int32), 0)
+    far = tl.min(tl.where(index >= level, levels(), float('inf')), 0)
+    near = tl.max(tl.where(index < level, levels(), 0.0), 0)
+    # the tokens of at least ``low`` reach the goal, those above ``high`` do not
+    low = tl.full((), _LOWEST, tl.int64)
+    high = keys(best).to(tl.int64)
+    count = tl.full((), 0, tl.int32)  # above ``high``
+    mass = tl.full((), 0.0, tl.float64)
+    first = tl.minimum(tl.maximum(keys(best - far * heat).to(tl.int64) - 64, low + 1), high)
+    third = tl.minimum(tl.maximum(keys(best - near * heat).to(tl.int64) + 64, low + 1), high)
+    second = third
     while low < high:
-        middle = (low + high + 1) >> 1
-        count, mass = _above(base, middle.to(tl.int32), best, heat, vocab, TILE)
-        if BY_MASS:
-            reached = (mass > mass_goal) if PASS else (mass >= mass_goal)
-        else:
-            reached = count >= count_goal
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
-    count, mass = _above(base, (low + 1).to(tl.int32), best, heat, vocab, TILE)
-    bits = low.to(tl.int32)
-    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return low, count, mass, tl.exp(tl.div_rn(value - best, heat)).to(tl.float64)
+        c1, c2, c3, m1, m2, m3 = _above(values, number, first, second, third, best, heat, TILE)
+        s1 = tl.where(by_number, c1.to(tl.float64), m1)
+        s2 = tl.where(by_number, c2.to(tl.float64), m2)
+        s3 = tl.where(by_number, c3.to(tl.float64), m3)
+        at1 = (s1 > goal) | ((s1 == goal) & (strict == 0))
+        at2 = (s2 > goal) | ((s2 == goal) & (strict == 0))
+        at3 = (s3 > goal) | ((s3 == goal) & (strict == 0))
+        low = tl.where(at3, third, tl.where(at2, second, tl.where(at1, first, low)))
+        high = tl.where(at3, high, tl.where(at2, third, tl.where(at1, second, first)) - 1)
+        count = tl.where(at3, count, tl.where(at2, c3, tl.where(at1, c2, c1)))
+        mass = tl.where(at3, mass, tl.where(at2, m3, tl.where(at1, m2, m1)))
+        span = high - low
+        first = low + (span + 3) // 4
+        second = low + (span + 1) // 2
+        third = high - span // 4
+    weight = tl.exp((value_of(low.to(tl.int32)) - best) / heat)
+    return low, count, mass, weight.to(tl.float64)
 
 
 @triton.jit
-def _draw_searched(base, whole, best, heat, k, p, share, uniform, vocab, TILE: tl.constexpr):
-    """The kept prefix ends at rank ``kept``; the draw's place in it is found in the same way."""
-    kept = vocab
-    total = whole
-    if (k > 0) & (k < vocab):
-        kept = k.to(tl.int32)
-        _, count, mass, weight = _border(base, kept, whole, best, heat, vocab, False, False, TILE)
-        total = mass + (kept - count).to(tl.float64) * weight
-    kept_mass = total
-    if p < 1:
-        _, count, mass, weight = _border(base, 0, p * total, best, heat, vocab, True, False, TILE)
-        more = tl.maximum(tl.ceil((p * total - mass) / weight), 1.0)
-        if count + more.to(tl.int32) < kept:
-            kept = count + more.to(tl.int32)
-            kept_mass = mass + more * weight
-    if share > 0:
-        count, mass = _heavy(base, share, best, heat, vocab, TILE)
-        if count < kept:
-            kept = count
-            kept_mass = mass
-    goal = _goal(uniform, kept_mass)
-    key, count, mass, weight = _border(base, 0, goal, best, heat, vocab, True, True, TILE)
-    ordinal = tl.minimum(tl.maximum(tl.floor((goal - mass) / weight), 0.0).to(tl.int32), kept - 1 - count)
-    return _nth(base, key.to(tl.int32), ordinal, vocab, TILE)
-
-
-@triton.jit
-def _heavy(base, share, best, heat, vocab, TILE: tl.constexpr):
+def _heavy(values, number, share, best, heat, TILE: tl.constexpr):
     """Count and mass of the tokens with weights of at least ``share``."""
     count = tl.zeros((TILE,), tl.int32)
-    mass = tl.zeros((TILE,), tl.float64)
-    for start in range(0, vocab, TILE):
+    mass = tl.zeros((TILE,), tl.float32)
+    for start in tl.range(0, number, TILE, num_stages=3):
         at = start + tl.arange(0, TILE)
-        x = tl.load(base + at, mask=at < vocab, other=float('-inf')).to(tl.float32)
+        x = tl.load(values + at, mask=at < number, other=float('-inf'))
         weight = tl.exp(tl.div_rn(x - best, heat))
-        taken = (at < vocab) & (weight >= share)
+        taken = (at < number) & (weight >= share)
         count += taken.to(tl.int32)
-        mass += tl.where(taken, weight, 0.0).to(tl.float64)
-    return tl.sum(count, 0), tl.sum(mass, 0)
+        mass += tl.where(taken, weight, 0.0)
+    return tl.sum(count, 0), tl.sum(mass.to(tl.float64), 0)
 
 
 @triton.jit
-def _nth(base, key, ordinal, vocab, TILE: tl.constexpr):
-    """The id of the token number ``ordinal`` (from 0, in order of ids) with this key."""
-    token = tl.full((), 0, tl.int32)
-    before = tl.full((), 0, tl.int32)
-    for start in range(0, vocab, TILE):
+def _tied(values, ids, number, listed, key, last, TILE: tl.constexpr):
+    """Of the tokens with this key and ids up to ``last``: how many, the lowest id, the highest."""
+    count = tl.zeros((TILE,), tl.int32)
+    lowest = tl.full((TILE,), 0x7FFFFFFF, tl.int32)
+    highest = tl.zeros((TILE,), tl.int32)
+    for start in tl.range(0, number, TILE, num_stages=3):
         at = start + tl.arange(0, TILE)
-        x = tl.load(base + at, mask=at < vocab, other=float('-inf')).to(tl.float32)
-        same = ((at < vocab) & (_keys(x) == key)).to(tl.int32)
-        place = before + tl.cumsum(same, 0) - same
-        token += tl.sum(tl.where((same > 0) & (place == ordinal), at, 0), 0)
-        before += tl.sum(same, 0)
-    return token
+        x = tl.load(values + at, mask=at < number, other=float('-inf'))
+        token = tl.where(listed, tl.load(ids + at, mask=(at < number) & listed, other=0), at)
+        same = (at < number) & (keys(x) == key) & (token <= last)
+        count += same.to(tl.int32)
+        lowest = tl.where(same, tl.minimum(lowest, token), lowest)
+        highest = tl.where(same, tl.maximum(highest, token), highest)
+    return tl.sum(count, 0), tl.min(lowest, 0), tl.max(highest, 0)
+
+
+@triton.jit
+def _draw_searched(values, ids, number, listed, whole, counts, masses, best, heat, k, p, share, uniform, vocab,
+                   TILE: tl.constexpr):  # fmt: skip
+    """``counts`` and ``masses [LEVELS]`` say where to look; ``listed``: the values are a list with their ``ids``."""
+    by_number = (k > 0) & (k < vocab)
+    kept = tl.where(by_number, k, vocab).to(tl.int32)  # of the best tokens
+    total = whole
+    kept_mass = whole
+    key = tl.full((), 0, tl.int64)
+    count = tl.full((), 0, tl.int32)
+    goal = total
+    mass = total
+    weight = total
+    for stage in range(3):  # the border of top-k, that of top-p, and the draw
+        if (stage == 2) | ((stage == 1) & (p < 1)) | ((stage == 0) & by_number):
+            if (stage == 2) & (share > 0):
+                heavy, heavy_mass = _heavy(values, number, share, best, heat, TILE)
+                if heavy < kept:
+                    kept = heavy
+                    kept_mass = heavy_mass
+            goal = tl.where(stage == 0, kept.to(tl.float64), tl.where(stage == 1, p * total, _goal(uniform, kept_mass)))
+            sums = tl.where(stage == 0, counts.to(tl.float64), masses)
+            key, count, mass, weight = _border(values, number, goal, stage == 2, stage == 0, sums, best, heat, TILE)
+            if stage == 0:
+                total = mass + (kept - count).to(tl.float64) * weight
+                kept_mass = total
+            elif stage == 1:
+                more = tl.maximum(tl.ceil((goal - mass) / weight), 1.0)
+                if count + more.to(tl.int32) < kept:
+                    kept = count + more.to(tl.int32)
+                    kept_mass = mass + more * weight
+    ordinal = tl.minimum(tl.maximum(tl.floor((goal - mass) / weight), 0.0).to(tl.int32), kept - 1 - count)
+    # equal logits: halve the range of ids
+    lowest = tl.full((), 0, tl.int32)
+    highest = vocab - 1
+    middle = highest
+    while lowest < highest:
+        upto, least, most = _tied(values, ids, number, listed, key.to(tl.int32), middle, TILE)
+        ordinal = tl.where(middle == vocab - 1, tl.minimum(ordinal, upto - 1), ordinal)  # rounding
+        passed = upto > ordinal
+        lowest = tl.where(passed, tl.maximum(lowest, least), middle + 1)
+        highest = tl.where(passed, most, highest)
+        middle = (lowest + highest) // 2
+    return lowest
 
 
 @triton.jit
 def draw_kernel(
     logits, slots, temperature, top_k, top_p, min_p, has_penalty, seen, last_token, tokens, state, top, uniform, masses,
-    candidates, ranked, vocab, tiles,
-    SLOTS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, MOST: tl.constexpr,
-    PDL: tl.constexpr,
+    level_counts, level_masses, candidates, values, ids, vocab, tiles,
+    SLOTS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SORTED: tl.constexpr,
+    LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if PDL:
@@ -205,16 +281,30 @@ def draw_kernel(
             places = tl.arange(0, TILES)
             whole = tl.sum(tl.load(masses + row * tiles + places, mask=places < tiles, other=0.0), 0)
             number = tl.load(candidates + row)
-            list_ = ranked + row * MOST
-            if number <= MOST:
-                token = _draw_sorted(list_, number, whole, best, heat, k, p, share, chance, vocab, MOST)
+            listed = row * LISTED
+            by_count = tl.load(level_counts + row * _LEVELS + tl.arange(0, _LEVELS))
+            by_mass = tl.load(level_masses + row * _LEVELS + tl.arange(0, _LEVELS))
+            if number <= SORTED:
+                token = _draw_sorted(values + listed, ids + listed, number, whole, best, heat, k, p, share, chance,
+                                     vocab, SORTED)  # fmt: skip
             else:
-                token = _draw_searched(base, whole, best, heat, k, p, share, chance, vocab, TILE)
+                of = values + listed
+                in_list = number <= LISTED
+                if number > LISTED:
+                    of = base
+                    number = vocab
+                token = _draw_searched(of, ids + listed, number, in_list, whole, by_count, by_mass, best, heat, k, p,
+                                       share, chance, vocab, TILE)  # fmt: skip
         tl.store(tokens + row, token.to(tokens.dtype.element_ty))
         if SLOTS:
             tl.store(last_token + slot, token)
         if COUNTED:
             if tl.load(has_penalty + slot) > 0:
-                at = seen + slot * vocab + token
-                old = tl.load(at)
-                tl.store(at, tl.where(old < _MOST_SEEN, old + _GENERATED, old).to(tl.int16))
+                note(seen + slot * vocab + token)
+
+
+@triton.jit
+def note(at):
+    """Count a generated token, up to what the type holds."""
+    old = tl.load(at)
+    tl.store(at, tl.where(old < _MOST_SEEN, old + _GENERATED, old).to(tl.int16))

@@ -4,9 +4,9 @@ A vocabulary is cut into tiles; a row is shared out over as many programs as fil
 
 1. ``_best_kernel`` changes and penalises logits and finds the best token of every row. Greedy rows are done then, and a
    step of greedy rows only launches nothing else. What makes a row's program the last one is a counter.
-2. ``_mass_kernel`` sums the weights of every tile and counts tokens by their distance from the best, in steps of 1/8 of
-   the logarithm.
-3. ``_gather_kernel`` copies the tokens that may survive a row's cuts: all within a distance that the counts tell.
+2. ``_mass_kernel`` sums the weights of every tile and, for rows with cuts, counts and sums the tokens within some
+   distances of the best.
+3. ``_gather_kernel`` lists the tokens that may survive a row's cuts: all within the distance that this tells.
 4. ``draw_kernel`` (:mod:`lmdeploy.ops.triton.draw`) draws from those, or from the tiles where a row cuts nothing off.
 
 Rows that have nothing to do in a kernel leave it after reading one number. A row's result does not depend on the others
@@ -26,19 +26,34 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.sample import draw, greedy
-from lmdeploy.ops.slots import FINE, GENERATED, MOST_SEEN, NOT_FINITE, NOTHING_LEFT, SamplingTables, sample_slots
-from lmdeploy.ops.triton.draw import BINS, DONE, DRAW_CUT, DRAW_WHOLE, MOST, draw_kernel, steps_below
+from lmdeploy.ops.slots import FINE, NOT_FINITE, NOTHING_LEFT, SamplingTables, sample_slots
+from lmdeploy.ops.triton.draw import (
+    DONE,
+    DRAW_CUT,
+    DRAW_WHOLE,
+    LEVELS,
+    LISTED,
+    SORTED,
+    draw_kernel,
+    id_of,
+    key_of,
+    keys,
+    levels,
+    note,
+    ranks,
+    value_of,
+)
 from lmdeploy.ops.triton.launch import Workspace, gdc_launch_dependents, gdc_wait, multiprocessors, supports_pdl
 
-TILE = 4096
+TILE = 2048
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX2 = tl.constexpr(0x94D049BB133111EB)
 _FINE, _NOTHING_LEFT, _NOT_FINITE = tl.constexpr(FINE), tl.constexpr(NOTHING_LEFT), tl.constexpr(NOT_FINITE)
-_GENERATED, _MOST_SEEN = tl.constexpr(GENERATED), tl.constexpr(MOST_SEEN)
 _DONE, _WHOLE, _CUT = tl.constexpr(DONE), tl.constexpr(DRAW_WHOLE), tl.constexpr(DRAW_CUT)
 PLAIN, SLOTS, GIVEN = 0, 1, 2  # greedy rows only; parameters by slot; parameters by row, and uniform numbers
-_PLAIN, _SLOTS = tl.constexpr(PLAIN), tl.constexpr(SLOTS)
+_PLAIN, _SLOTS, _LEVELS = tl.constexpr(PLAIN), tl.constexpr(SLOTS), tl.constexpr(LEVELS)
+_CHUNK = 512  # elements that are compared with all levels at a time
 
 
 @triton.jit
@@ -56,22 +71,12 @@ def _uniform(seed, draw_number):
     return (_mixed(state) >> 11).to(tl.float64) * 1.1102230246251565e-16
 
 
-@triton.jit
-def _ranks(x, ids):
-    """int64 that order tokens by logit, then the lower id first; never 0. NaN and +inf come before all numbers."""
-    x = tl.where(x == 0, 0.0, x)  # both zeros
-    bits = x.to(tl.int32, bitcast=True)
-    key = tl.where(x < float('inf'), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF).to(tl.int64)
-    return ((key + 0x80000000) << 31) | (0x7FFFFFFF - ids).to(tl.int64)
-
-
 @triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _best_kernel(
     logits, slots, positions, temperature, top_k, top_p, min_p, repetition, presence, frequency, has_penalty,
     prompt_len, seed, change_ids, change_values, change_until, seen, last_token, tokens, status,
-    best, arrived, state, top, uniform, counts, found, vocab, tiles_each, programs,
-    MODE: tl.constexpr, COUNTED: tl.constexpr, CHANGES: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
-    PDL: tl.constexpr,
+    best, arrived, state, top, uniform, level_counts, level_masses, found, vocab, tiles_each, programs,
+    MODE: tl.constexpr, COUNTED: tl.constexpr, CHANGES: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
@@ -97,8 +102,9 @@ def _best_kernel(
             factor = tl.load(repetition + slot)
             once = tl.load(presence + slot)
             each = tl.load(frequency + slot)
-    ranks = tl.zeros((TILE,), tl.int64)
-    for start in range(first, end, TILE):
+    most = tl.full((TILE,), float('-inf'), tl.float32)  # of each lane, and where: the first of equals
+    place = first + tl.arange(0, TILE)
+    for start in tl.range(first, end, TILE, num_stages=3 if MODE == _PLAIN else 1):
         at = start + tl.arange(0, TILE)
         there = at < end
         x = tl.load(base + at, mask=there, other=float('-inf')).to(tl.float32)
@@ -110,16 +116,18 @@ def _best_kernel(
                     generated = count >> 1
                     x = x - once * tl.where(generated > 0, 1.0, 0.0) - each * generated.to(tl.float32)
                     tl.store(base + at, x, mask=there)
-        ranks = tl.maximum(ranks, tl.where(there, _ranks(x, at), 0))
-    tl.atomic_max(best + row, tl.max(ranks, 0), sem='relaxed')
+        x = tl.where(x < float('inf'), x, float('inf'))  # NaN too: it shall win
+        place = tl.where(x > most, at, place)
+        most = tl.maximum(x, most)
+    here = tl.max(tl.where(place < vocab, ranks(keys(most), place), 0), 0)
+    tl.atomic_max(best + row, here, sem='relaxed')
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem='acq_rel') == programs - 1:
         winner = tl.atomic_max(best + row, 0)
         tl.store(best + row, 0)
         tl.store(arrived + row, 0)
-        token = (0x7FFFFFFF - (winner & 0x7FFFFFFF)).to(tl.int32)
-        key = ((winner >> 31) - 0x80000000).to(tl.int32)
-        value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        token = id_of(winner)
+        value = value_of(key_of(winner))
         good = value < float('inf')
         live = value > float('-inf')
         token = tl.where(good & live, token, 0)
@@ -133,7 +141,9 @@ def _best_kernel(
             tl.store(state + row, next_state)
             tl.store(top + row, value)
             tl.store(found + row, 0)
-            tl.store(counts + row * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+            level = row * _LEVELS + tl.arange(0, _LEVELS)
+            tl.store(level_counts + level, tl.zeros((_LEVELS,), tl.int32))
+            tl.store(level_masses + level, tl.zeros((_LEVELS,), tl.float64))
             if MODE == _SLOTS:
                 tl.store(uniform + row, _uniform(tl.load(seed + slot), draw_number))
         if next_state == 0:
@@ -142,20 +152,13 @@ def _best_kernel(
                 tl.store(last_token + slot, token)
             if COUNTED:
                 if penalised:
-                    _note(seen + slot * vocab + token)
-
-
-@triton.jit
-def _note(at):
-    """Count a generated token, up to what the type holds."""
-    old = tl.load(at)
-    tl.store(at, tl.where(old < _MOST_SEEN, old + _GENERATED, old).to(tl.int16))
+                    note(seen + slot * vocab + token)
 
 
 @triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _mass_kernel(
-    logits, slots, temperature, state, top, masses, counts, vocab, tiles, tiles_each, programs,
-    MODE: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    logits, slots, temperature, state, top, masses, level_counts, level_masses, vocab, tiles, tiles_each, programs,
+    MODE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
@@ -167,25 +170,33 @@ def _mass_kernel(
         slot = tl.load(slots + row).to(tl.int64) if MODE == _SLOTS else row
         heat = tl.load(temperature + slot)
         best = tl.load(top + row)
-        histogram = tl.zeros((BINS,), tl.int32)
+        base = logits + row * vocab
         for tile in range(part * tiles_each, tl.minimum(tiles, (part + 1) * tiles_each)):
             at = tile * TILE + tl.arange(0, TILE)
-            there = at < vocab
-            x = tl.load(logits + row * vocab + at, mask=there, other=float('-inf')).to(tl.float32)
-            scaled = tl.div_rn(x - best, heat)
-            tl.store(masses + row * tiles + tile, tl.sum(tl.exp(scaled).to(tl.float64), 0))
-            if kind == _CUT:
-                histogram += tl.histogram(steps_below(scaled, BINS), BINS, mask=there)
+            x = tl.load(base + at, mask=at < vocab, other=float('-inf'))
+            tl.store(masses + row * tiles + tile, tl.sum(tl.exp(tl.div_rn(x - best, heat)).to(tl.float64), 0))
         if kind == _CUT:
-            tl.atomic_add(counts + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem='relaxed')
+            count = tl.zeros((CHUNK, _LEVELS), tl.int32)
+            mass = tl.zeros((CHUNK, _LEVELS), tl.float32)
+            level = levels()[None, :]
+            first = part * tiles_each * TILE
+            end = tl.minimum(vocab, first + tiles_each * TILE)
+            for start in tl.range(first, end, CHUNK, num_stages=3):
+                at = start + tl.arange(0, CHUNK)
+                scaled = tl.div_rn(tl.load(base + at, mask=at < end, other=float('-inf')) - best, heat)
+                inside = (-scaled[:, None] <= level) & (at < end)[:, None]
+                count += inside.to(tl.int32)
+                mass += tl.where(inside, tl.exp(scaled)[:, None], 0.0)
+            to = row * _LEVELS + tl.arange(0, _LEVELS)
+            tl.atomic_add(level_counts + to, tl.sum(count, 0), sem='relaxed')
+            tl.atomic_add(level_masses + to, tl.sum(mass.to(tl.float64), 0), sem='relaxed')
 
 
 @triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _gather_kernel(
-    logits, slots, temperature, top_k, top_p, min_p, state, top, masses, counts, found, ranked, deepest, vocab, tiles,
-    tiles_each, programs,
-    MODE: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, MOST: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, slots, temperature, top_k, top_p, min_p, state, top, level_counts, level_masses, found, candidates, values,
+    ids, vocab, tiles, tiles_each, programs,
+    MODE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
@@ -199,36 +210,33 @@ def _gather_kernel(
         k = tl.load(top_k + slot)
         p = tl.load(top_p + slot).to(tl.float64)
         share = tl.load(min_p + slot)
-        bins = tl.arange(0, BINS)
-        count = tl.load(counts + row * BINS + bins)
-        upto = tl.cumsum(count, 0)
-        # the deepest bin that holds a token that the cuts may leave
-        floor = BINS - 1
+        index = tl.arange(0, _LEVELS)
+        count = tl.load(level_counts + row * _LEVELS + index)
+        mass = tl.load(level_masses + row * _LEVELS + index)
+        # the first level that holds every token that the cuts may leave
+        last = _LEVELS - 1
         by_number = (k > 0) & (k < vocab)
         if by_number:
-            floor = tl.minimum(floor, tl.sum((upto < k).to(tl.int32), 0))
+            last = tl.minimum(last, tl.sum((count < k).to(tl.int32), 0))
         elif p < 1:
-            places = tl.arange(0, TILES)
-            mass = tl.sum(tl.load(masses + row * tiles + places, mask=places < tiles, other=0.0), 0)
-            most = count.to(tl.float64) * tl.exp(bins.to(tl.float32) * -0.125).to(tl.float64)  # weight in each bin
-            beyond = tl.sum(most, 0) - tl.cumsum(most, 0)
-            needed = beyond > (1 - p) * mass * 0.999
-            floor = tl.minimum(floor, tl.sum(needed.to(tl.int32), 0))
-        if (share > 0) & ((p == 1) | (by_number == 0)):  # the mass of the k best must be known where top-p asks for it
-            floor = tl.minimum(floor, (tl.minimum(-tl.log(share), 1e6) * 8).to(tl.int32) + 1)
-        total = tl.sum(tl.where(bins <= floor, count, 0), 0)
+            total = tl.sum(tl.where(index == _LEVELS - 1, mass, 0.0), 0)
+            last = tl.minimum(last, tl.sum((mass < tl.minimum(p + 1e-6, 1.0) * total).to(tl.int32), 0))
+        if (share > 0) & ((p == 1) | (by_number == 0)):  # with both others the mass of the k best must be known
+            last = tl.minimum(last, tl.sum((tl.exp(-levels()) >= share * 0.999).to(tl.int32), 0))
+        number = tl.sum(tl.where(index == last, count, 0), 0)
         if part == 0:
-            tl.store(deepest + row, total)
-        if total <= MOST:
+            tl.store(candidates + row, number)
+        if number <= LISTED:
+            level = tl.sum(tl.where(index == last, levels(), 0.0), 0)
             for tile in range(part * tiles_each, tl.minimum(tiles, (part + 1) * tiles_each)):
                 at = tile * TILE + tl.arange(0, TILE)
-                there = at < vocab
-                x = tl.load(logits + row * vocab + at, mask=there, other=float('-inf')).to(tl.float32)
-                taken = (there & (steps_below(tl.div_rn(x - best, heat), BINS) <= floor)).to(tl.int32)
-                number = tl.sum(taken, 0)
-                if number > 0:
-                    place = tl.atomic_add(found + row, number, sem='relaxed') + tl.cumsum(taken, 0) - taken
-                    tl.store(ranked + row * MOST + place, _ranks(x, at), mask=taken > 0)
+                x = tl.load(logits + row * vocab + at, mask=at < vocab, other=float('-inf'))
+                taken = ((at < vocab) & (-tl.div_rn(x - best, heat) <= level)).to(tl.int32)
+                here = tl.sum(taken, 0)
+                if here > 0:
+                    place = tl.atomic_add(found + row, here, sem='relaxed') + tl.cumsum(taken, 0) - taken
+                    tl.store(values + row * LISTED + place, x, mask=taken > 0)
+                    tl.store(ids + row * LISTED + place, at, mask=taken > 0)
 
 
 _BEST, _ARRIVED = Workspace(torch.int64), Workspace(torch.int32)
@@ -289,13 +297,15 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     each = triton.cdiv(tiles, max(1, min(tiles, triton.cdiv(4 * multiprocessors(device), rows))))
     programs = triton.cdiv(tiles, each)
     best, arrived = _BEST.get(device, rows), _ARRIVED.get(device, rows)
-    state = top = counts = found = None
+    state = top = found = level_counts = level_masses = None
     if mode != PLAIN:
-        state, found, deepest = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
+        state, found, candidates = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
         top = torch.empty(rows, dtype=torch.float32, device=device)
-        counts = torch.empty(rows, BINS, dtype=torch.int32, device=device)
         masses = torch.empty(rows, tiles, dtype=torch.float64, device=device)
-        ranked = torch.empty(rows, MOST, dtype=torch.int64, device=device)
+        level_counts = torch.empty(rows, LEVELS, dtype=torch.int32, device=device)
+        level_masses = torch.empty(rows, LEVELS, dtype=torch.float64, device=device)
+        values = torch.empty(rows, LISTED, dtype=torch.float32, device=device)
+        ids = torch.empty(rows, LISTED, dtype=torch.int32, device=device)
         if uniform is None:
             uniform = torch.empty(rows, dtype=torch.float64, device=device)
     counted = mode == SLOTS and tables.seen.shape[1] > 0
@@ -303,25 +313,24 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     _best_kernel[(rows * programs,)](
         logits, slots, positions, t.temperature, t.top_k, t.top_p, t.min_p, t.repetition, t.presence, t.frequency,
         t.has_penalty, t.prompt_len, t.seed, t.change_ids, t.change_values, t.change_until, t.seen, t.last_token,
-        tokens, status, best, arrived, state, top, uniform, counts, found, vocab, each, programs,
-        MODE=mode, COUNTED=counted, CHANGES=t.change_ids.shape[-1] if mode == SLOTS else 1, TILE=tile, BINS=BINS,
-        PDL=pdl, num_warps=8, launch_pdl=pdl,
+        tokens, status, best, arrived, state, top, uniform, level_counts, level_masses, found, vocab, each, programs,
+        MODE=mode, COUNTED=counted, CHANGES=t.change_ids.shape[-1] if mode == SLOTS else 1, TILE=tile, PDL=pdl,
+        num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     if mode == PLAIN:
         return
     _mass_kernel[(rows * programs,)](
-        logits, slots, t.temperature, state, top, masses, counts, vocab, tiles, each, programs,
-        MODE=mode, TILE=tile, BINS=BINS, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        logits, slots, t.temperature, state, top, masses, level_counts, level_masses, vocab, tiles, each, programs,
+        MODE=mode, TILE=tile, CHUNK=min(tile, _CHUNK), PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     _gather_kernel[(rows * programs,)](
-        logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, state, top, masses, counts, found, ranked, deepest,
-        vocab, tiles, each, programs,
-        MODE=mode, TILE=tile, BINS=BINS, TILES=triton.next_power_of_2(tiles), MOST=MOST, PDL=pdl, num_warps=8,
-        launch_pdl=pdl,
+        logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, state, top, level_counts, level_masses, found,
+        candidates, values, ids, vocab, tiles, each, programs,
+        MODE=mode, TILE=tile, LISTED=LISTED, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     draw_kernel[(rows,)](
         logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, t.has_penalty, t.seen, t.last_token, tokens, state,
-        top, uniform, masses, deepest, ranked, vocab, tiles,
-        SLOTS=mode == SLOTS, COUNTED=counted, TILE=tile, TILES=triton.next_power_of_2(tiles), MOST=MOST, PDL=pdl,
-        num_warps=8, launch_pdl=pdl,
+        top, uniform, masses, level_counts, level_masses, candidates, values, ids, vocab, tiles,
+        SLOTS=mode == SLOTS, COUNTED=counted, TILE=tile, TILES=triton.next_power_of_2(tiles), SORTED=SORTED,
+        LISTED=LISTED, PDL=pdl, num_warps=16, launch_pdl=pdl,
     )  # fmt: skip

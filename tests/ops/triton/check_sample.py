@@ -23,6 +23,8 @@ def small(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(sample, 'TILE', TILE)
         monkeypatch.setattr(sample, 'multiprocessors', lambda device: 2 * ROWS)
+        monkeypatch.setattr(sample, 'SORTED', 128)
+        monkeypatch.setattr(sample, 'LISTED', 128)
 
 
 def tables(slots: int, vocab: int, device, seed: int = 0, changes: bool = False, counted: bool = False,
@@ -73,10 +75,13 @@ def logits_of(vocab: int, seed: int, scale: float, coarse: bool) -> torch.Tensor
 
 
 @pytest.mark.parametrize('vocab', VOCABS)
-@pytest.mark.parametrize(('scale', 'coarse', 'counted', 'most'), [
-    (3.0, False, False, sample.MOST), (3.0, True, True, sample.MOST), (0.3, False, False, 4), (0.3, True, False, 4)])
-def test_slots(vocab, scale, coarse, counted, most, device, monkeypatch):
-    monkeypatch.setattr(sample, 'MOST', min(most, 128) if INTERPRETED else most)
+@pytest.mark.parametrize(('scale', 'coarse', 'counted', 'sizes'), [
+    (3.0, False, False, None), (3.0, True, True, None), (0.3, False, False, (4, 64)), (0.3, True, False, (4, 8))])
+def test_slots(vocab, scale, coarse, counted, sizes, device, monkeypatch):
+    """``sizes``: of the sorted and the unsorted list."""
+    if sizes is not None:
+        monkeypatch.setattr(sample, 'SORTED', sizes[0])
+        monkeypatch.setattr(sample, 'LISTED', sizes[1])
     ours = tables(ROWS, vocab, device, vocab, counted, counted)
     theirs = on(ours, 'cpu')
     logits = logits_of(vocab, vocab + coarse, scale, coarse)
@@ -119,7 +124,7 @@ def test_rows_do_not_depend_on_their_neighbours(device):
         assert sample.triton_sample_slots(*alone)[0] == whole[i]
 
 
-@pytest.mark.parametrize('vocab', VOCABS[:2])
+@pytest.mark.parametrize('vocab', VOCABS[:1 if INTERPRETED else 2])
 def test_given_numbers(vocab, device):
     """``draw`` walks over the whole distribution."""
     random = np.random.default_rng(0)
