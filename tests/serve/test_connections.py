@@ -315,12 +315,13 @@ def chat(**change: object) -> bytes:
 
 SCHEMA = {'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': {
     'type': 'object', 'properties': {f'p{i}': {'type': 'string', 'maxLength': 50} for i in range(100)}}}}
-PHASES = {  # what was sent when the client leaves
+PHASES: dict[str, bytes | tuple[bytes, ...]] = {  # what was sent, one after the other, when the client leaves
     'half a header': chat()[:60],
     'half a body': chat()[:-20],
     'half of chunks': post(CODED, b'5\r\n{"mod\r\n', b'POST /v1/chat/completions HTTP/1.1'),
     'a request': chat(),
     'a request with another behind it': chat() + NEXT,
+    'a request, and later another': (chat(), NEXT),
     'a request with half of one behind it': chat() + chat()[:-20],
     'a request for several answers': chat(n=4),
     'a stream': chat(stream=True),
@@ -337,8 +338,9 @@ def test_whoever_leaves_is_noticed_in_every_phase(serve, kill, wait):
         for phase, data in PHASES.items():
             for _ in range(3):  # one of them waits
                 sock = socket.create_connection(('127.0.0.1', running.port))
-                sock.sendall(data)
-                time.sleep(wait)
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    sock.sendall(piece)
+                    time.sleep(wait)
                 if kill:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, connection.RESET)
                 sock.close()
