@@ -61,14 +61,12 @@ class Blocks:
 
     Args:
         new_id: makes the id of a block of this kind.
-        most_calls: further calls are left out; None: any number.
     """
 
-    def __init__(self, new_id: Callable[[Kind], str], most_calls: int | None = None) -> None:
+    def __init__(self, new_id: Callable[[Kind], str]) -> None:
         self.all: list[Block] = []
         self.calls = 0
         self._new_id = new_id
-        self._most_calls = most_calls
         self._open: Block | None = None
 
     def take(self, events: Iterable[Event]) -> list[Step]:
@@ -80,7 +78,7 @@ class Blocks:
                 if self._open is None or self._open.kind != kind:
                     self._begin(steps, kind)
                 self._grow(steps, event.text)
-            elif isinstance(event, (CallStart, CallArguments, CallEnd)) and self._wanted(event.index):
+            elif isinstance(event, (CallStart, CallArguments, CallEnd)):
                 self._call(steps, event)
         return steps
 
@@ -95,9 +93,6 @@ class Blocks:
             self._begin(steps, 'text')
         self._end(steps, complete=not cut)
         return steps
-
-    def _wanted(self, call: int) -> bool:
-        return self._most_calls is None or call < self._most_calls
 
     def _call(self, steps: list[Step], event: CallStart | CallArguments | CallEnd) -> None:
         if isinstance(event, CallStart):
@@ -128,6 +123,20 @@ class Blocks:
             self._open = None
 
 
+def events_of(output: RequestOutput, parser: AnswerParser | None, usage: Usage) -> list[Event]:
+    """What an output tells. Tokens of reasoning are counted in ``usage``.
+
+    Args:
+        parser: None: the answer is all text.
+    """
+    if parser is None:
+        return [Content(output.text)] if output.text else []
+    events = parser.read(output.text, last=output.finish_reason is not None)
+    if events and isinstance(events[0], Reasoning):
+        usage.reasoning += len(output.token_ids)
+    return events
+
+
 @dataclass(slots=True)
 class BlockReader:
     """Reads one answer, from its outputs to its blocks.
@@ -144,16 +153,8 @@ class BlockReader:
     stop_text: str | None = None
 
     def take(self, output: RequestOutput, usage: Usage) -> list[Step]:
-        """What an output does. Tokens of reasoning are counted in ``usage``."""
-        if self.parser is None:
-            events: list[Event] = [Content(output.text)] if output.text else []
-        else:
-            events = self.parser.push(output.text) if output.text else []
-            if output.finish_reason is not None:
-                events += self.parser.flush()
-        if events and isinstance(events[0], Reasoning):
-            usage.reasoning += len(output.token_ids)
-        steps = self.blocks.take(events)
+        """What an output does; see :func:`events_of`."""
+        steps = self.blocks.take(events_of(output, self.parser, usage))
         if output.finish_reason is not None:
             self.finish, self.stop_text = output.finish_reason, output.stop_text
             steps += self.blocks.finish(cut=output.finish_reason != 'stop')

@@ -25,8 +25,8 @@ PIECES = st.sampled_from(['<think>', '</think>', 'hm', ' ', '\n', '<tool_call>\n
 
 def reader(most_calls=None):
     numbers = itertools.count()
-    parser = AnswerParser(reasoning_parser('default'), tool_parser('qwen', names={'f'}))
-    return BlockReader(parser, Blocks(lambda kind: f'{kind}_{next(numbers)}', most_calls))
+    parser = AnswerParser(reasoning_parser('default'), tool_parser('qwen', names={'f'}), most_calls)
+    return BlockReader(parser, Blocks(lambda kind: f'{kind}_{next(numbers)}'))
 
 
 def outputs(text, cuts, finish):

@@ -92,6 +92,16 @@ def test_without_tools_or_with_none_a_call_is_text(serve):
         assert answer['content'] == CALL and answer['finish'] == 'stop'
 
 
+@pytest.mark.parametrize('step', [1, 3, 1000])
+@pytest.mark.parametrize(('parallel', 'arguments'), [(None, [True, False]), (True, [True, False]), (False, [True])])
+def test_without_parallel_calls_there_is_one(serve, step, parallel, arguments):
+    server = serve(tool_parser='qwen')
+    say(server, f'{CALL}\n{OTHER}', step)
+    answer = both_ways(server, CHAT | {'tools': [SET_LIGHT], 'parallel_tool_calls': parallel})
+    assert [json.loads(call['arguments'])['on'] for call in answer['tool_calls']] == arguments
+    assert answer['finish'] == 'tool_calls'
+
+
 def test_a_subset_of_tools_may_be_allowed(serve):
     server = serve(tool_parser='qwen')
     say(server, CALL)

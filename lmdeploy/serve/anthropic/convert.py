@@ -60,23 +60,18 @@ def count_plan(body: CountTokensRequest, limits: Limits, parsers: ParserNames) -
     return _plan(body, limits, parsers, max_tokens=1, temperature=None, top_p=None, top_k=None, stop=None)
 
 
-def most_calls(body: CountTokensRequest) -> int | None:
-    """How many calls an answer may have; None: any number."""
-    choice = body.tool_choice
-    return 1 if choice is not None and choice.disable_parallel_tool_use else None
-
-
 def _plan(body: CountTokensRequest, limits: Limits, parsers: ParserNames, *, max_tokens: int,
           temperature: float | None, top_p: float | None, top_k: int | None, stop: list[str] | None) -> ChatPlan:
     effort: Any = None
     if body.output_config is not None and body.output_config.effort is not None:
         effort = EFFORTS.get(body.output_config.effort, body.output_config.effort)
     choice = _choice(body)
+    parallel = body.tool_choice is None or not body.tool_choice.disable_parallel_tool_use
     chat = ChatRequest.model_validate({
         'model': body.model, 'messages': [Message.model_construct(**m) for m in messages(body, limits)],
         'max_tokens': max_tokens, 'temperature': temperature, 'top_p': top_p, 'top_k': top_k, 'stop': stop,
         'tools': [_tool(i, tool) for i, tool in enumerate(body.tools)] if body.tools else None, 'tool_choice': choice,
-        'parallel_tool_calls': most_calls(body) is None, 'enable_thinking': _thinking(body, parsers, choice),
+        'parallel_tool_calls': parallel, 'enable_thinking': _thinking(body, parsers, choice),
         'reasoning_effort': effort, 'response_format': _format(body, choice)})
     return chat_plan(chat, limits, parsers)
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 from starlette.responses import Response
 
 from lmdeploy.errors import RequestError
-from lmdeploy.serve.anthropic.convert import count_plan, message_plan, most_calls
+from lmdeploy.serve.anthropic.convert import count_plan, message_plan
 from lmdeploy.serve.anthropic.events import (
     MessageAnswer,
     MessageUsage,
@@ -48,7 +48,7 @@ class Messages:
 
     async def _whole(self, request: Request, body: MessagesRequest, plan: ChatPlan) -> MessageAnswer:
         async with generate(self.context, request, [plan.work]) as answers:
-            reader = self._reader(body, plan, answers)
+            reader = self._reader(plan, answers)
             async for output in answers.outputs:
                 reader.take(output, answers.usage)
             message = _head(body, answers)
@@ -58,7 +58,7 @@ class Messages:
 
     async def _stream(self, request: Request, body: MessagesRequest, plan: ChatPlan) -> AsyncGenerator[bytes, None]:
         async with generate(self.context, request, [plan.work]) as answers:
-            reader = self._reader(body, plan, answers)
+            reader = self._reader(plan, answers)
             begun = False
             async for output in answers.outputs:
                 steps = reader.take(output, answers.usage)
@@ -69,9 +69,9 @@ class Messages:
                     yield b''.join(map(step_event, steps))
             yield end_event(*self._stop(body, reader, answers), answers.usage)
 
-    def _reader(self, body: MessagesRequest, plan: ChatPlan, answers: Answers) -> BlockReader:
+    def _reader(self, plan: ChatPlan, answers: Answers) -> BlockReader:
         parser = plan.parser(self.context.frontend_loaded().tokenizer, answers.prepared[0].tokens)
-        return BlockReader(parser, Blocks(_new_id, most_calls(body)))
+        return BlockReader(parser, Blocks(_new_id))
 
     def _stop(self, body: MessagesRequest, reader: BlockReader, answers: Answers) -> tuple[StopReason, str | None]:
         """Why the answer ended, and the stop sequence that ended it."""

@@ -10,6 +10,7 @@ from uuid import uuid4
 import msgspec
 
 from lmdeploy.frontend.frontend import RequestOutput
+from lmdeploy.serve.blocks import events_of
 from lmdeploy.serve.context import ServerContext
 from lmdeploy.serve.generation import Answers, Usage, generate
 from lmdeploy.serve.http import Request, Response, Stream, json_reply
@@ -128,14 +129,7 @@ class _Reader:
 
     def take(self, output: RequestOutput, usage: Usage) -> list[Event]:
         """What an output tells."""
-        if self.parser is None:
-            events: list[Event] = [Content(output.text)] if output.text else []
-        else:
-            events = self.parser.push(output.text) if output.text else []
-            if output.finish_reason is not None:
-                events += self.parser.flush()
-        if events and isinstance(events[0], Reasoning):
-            usage.reasoning += len(output.token_ids)
+        events = events_of(output, self.parser, usage)
         self.events += events
         self.token_ids += output.token_ids
         if self.top is not None:

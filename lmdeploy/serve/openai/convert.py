@@ -115,6 +115,7 @@ class ChatPlan:
         required: the answer is a list of calls; ``named``: the arguments of a call of this function.
         tool_names: the functions that may be called.
         parsers: the parsers by name, as far as this request wants them.
+        most_calls: how many calls an answer may have; None: any number.
     """
 
     work: Work
@@ -122,6 +123,7 @@ class ChatPlan:
     tool_names: tuple[str, ...] = ()
     required: bool = False
     named: str | None = None
+    most_calls: int | None = None
 
     def parser(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> AnswerParser | None:
         """Reads one answer to ``prompt``; None: the answer is all content."""
@@ -135,7 +137,8 @@ class ChatPlan:
         return AnswerParser(
             self.parsers.reasoning and reasoning_parser(self.parsers.reasoning, prompt_end=end,
                                                         enable_thinking=self.work.enable_thinking) or None,
-            self.parsers.tools and tool_parser(self.parsers.tools, names=self.tool_names) or None)
+            self.parsers.tools and tool_parser(self.parsers.tools, names=self.tool_names) or None,
+            self.most_calls)
 
 
 def chat_plan(body: ChatRequest, limits: Limits, parsers: ParserNames) -> ChatPlan:
@@ -153,6 +156,7 @@ def chat_plan(body: ChatRequest, limits: Limits, parsers: ParserNames) -> ChatPl
                    logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     prompt = _chat_prompt(body, limits)
     tools, choice = _tools(body, limits)
+    parallel = or_default(body.parallel_tool_calls, True)
     if prompt.messages is None:
         if tools:
             raise HttpError('LMD-513', param='tools', reason='a prompt without messages has no place for them')
@@ -166,7 +170,7 @@ def chat_plan(body: ChatRequest, limits: Limits, parsers: ParserNames) -> ChatPl
             raise HttpError('LMD-512', param='response_format', reason='a forced tool call has a form of its own')
         thinking = False  # the answer is the call, from its first token
         gen.response_format = (named_call(tools, choice.function.name) if isinstance(choice, NamedTool) else
-                               required_calls(tools, parallel=or_default(body.parallel_tool_calls, True)))
+                               required_calls(tools, parallel=parallel))
     elif tools and parsers.tools is None:
         raise HttpError('LMD-513', param='tools', reason="no parser for tool calls fits this model's chat template; "
                         'the server can name one with --tool-call-parser')
@@ -178,7 +182,7 @@ def chat_plan(body: ChatRequest, limits: Limits, parsers: ParserNames) -> ChatPl
         values.setdefault('reasoning_effort', body.reasoning_effort)
     work = Work(prompt, gen, tools=tools or None, enable_thinking=thinking, chat_template_kwargs=values or None)
     return ChatPlan(work, wanted, tuple(tool['function']['name'] for tool in tools), choice == 'required',
-                    choice.function.name if isinstance(choice, NamedTool) else None)
+                    choice.function.name if isinstance(choice, NamedTool) else None, None if parallel else 1)
 
 
 def _chat_prompt(body: ChatRequest, limits: Limits) -> Prompt:

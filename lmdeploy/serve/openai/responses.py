@@ -82,7 +82,7 @@ class Responses:
     async def _whole(self, request: Request, plan: ChatPlan, messages: list[dict[str, Any]],
                      response: ResponseObject) -> ResponseObject:
         async with generate(self.context, request, [plan.work]) as answers:
-            reader = self._reader(plan, answers, response)
+            reader = self._reader(plan, answers)
             async for output in answers.outputs:
                 reader.take(output, answers.usage)
             self._finish(request, response, reader, messages, answers.usage)
@@ -91,7 +91,7 @@ class Responses:
     async def _stream(self, request: Request, plan: ChatPlan, messages: list[dict[str, Any]],
                       events: ResponseEvents) -> AsyncGenerator[bytes, None]:
         async with generate(self.context, request, [plan.work]) as answers:
-            reader = self._reader(plan, answers, events.response)
+            reader = self._reader(plan, answers)
             begun = False
             async for output in answers.outputs:
                 steps = reader.take(output, answers.usage)
@@ -103,9 +103,9 @@ class Responses:
             self._finish(request, events.response, reader, messages, answers.usage)
             yield events.end()
 
-    def _reader(self, plan: ChatPlan, answers: Answers, response: ResponseObject) -> BlockReader:
+    def _reader(self, plan: ChatPlan, answers: Answers) -> BlockReader:
         parser = plan.parser(self.context.frontend_loaded().tokenizer, answers.prepared[0].tokens)
-        return BlockReader(parser, Blocks(_new_id, None if response.parallel_tool_calls else 1))
+        return BlockReader(parser, Blocks(_new_id))
 
     def _finish(self, request: Request, response: ResponseObject, reader: BlockReader, messages: list[dict[str, Any]],
                 usage: Usage) -> None:

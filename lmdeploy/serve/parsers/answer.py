@@ -27,11 +27,14 @@ class AnswerParser:
     Args:
         reasoning: parts the reasoning from the rest; None: there is none.
         tools: finds the calls; None: there are none.
+        most_calls: further calls are left out; None: any number.
     """
 
-    def __init__(self, reasoning: ReasoningParser | None = None, tools: ToolParser | None = None) -> None:
+    def __init__(self, reasoning: ReasoningParser | None = None, tools: ToolParser | None = None,
+                 most_calls: int | None = None) -> None:
         self._reasoning = reasoning
         self._tools = tools
+        self._most_calls = most_calls
         self.calls = 0
         """How many calls have begun."""
 
@@ -39,6 +42,10 @@ class AnswerParser:
         """What the next piece of the answer tells (no ``Frame``)."""
         split = Split('', text) if self._reasoning is None else self._reasoning.push(text)
         return self._events(split, last=False)
+
+    def read(self, text: str, last: bool) -> list[Event]:
+        """What the next piece tells, and if it is the last one, what was held back."""
+        return (self.push(text) if text else []) + (self.flush() if last else [])
 
     def flush(self) -> list[Event]:
         """The answer is over, wherever it stands: what was held back."""
@@ -50,9 +57,14 @@ class AnswerParser:
         if self._tools is None:
             return [*events, Content(split.content)] if split.content else events
         found = self._tools.push(split.content) if split.content else []
-        found = [event for event in (*found, *(self._tools.flush() if last else ())) if not isinstance(event, Frame)]
-        self.calls += sum(isinstance(event, CallStart) for event in found)
-        return events + found
+        events += filter(self._wanted, (*found, *(self._tools.flush() if last else ())))
+        self.calls += sum(isinstance(event, CallStart) for event in events)
+        return events
+
+    def _wanted(self, event: Event) -> bool:
+        if isinstance(event, (CallStart, CallArguments, CallEnd)):
+            return self._most_calls is None or event.index < self._most_calls
+        return not isinstance(event, Frame)
 
 
 @dataclass(frozen=True, slots=True)
