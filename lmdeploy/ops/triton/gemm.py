@@ -200,13 +200,14 @@ def choose(device: torch.device, n: int, k: int, rows: int) -> GemmConfig | None
 
 
 def default(n: int, k: int, columns: int, processors: int) -> GemmConfig:
-    """A configuration for a shape that was not measured: what was best for most that were."""
-    block_n = 64 if n < 16384 else 128
-    tiles = triton.cdiv(n, block_n)
+    """A configuration for a shape that was not measured: what was best, or nearly, for those that were."""
+    if n >= 16384:
+        return GemmConfig(64, 128, 1, 4, 4 if columns < 64 else 3, min(256, k // 8 * 8))
+    tiles, most = triton.cdiv(n, 64), 4 if columns < 64 else 2
     split = 1
-    while split < 8 and tiles * split < 2 * processors and k >= 512 * split:
+    while split < most and tiles * split < 2 * processors and k >= 512 * split:
         split *= 2
-    return GemmConfig(block_n, 128 if columns < 64 else 64, split, block_n // 16 if block_n > 64 else 4, 4)
+    return GemmConfig(64, 128, split, 4, 4, 0) if columns < 64 else GemmConfig(64, 64, split, 4, 8, 0)
 
 
 def _refuse(case: OpCase) -> list[str]:
