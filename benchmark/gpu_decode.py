@@ -44,6 +44,8 @@ def build(args: argparse.Namespace) -> tuple[LocalExecutor, EngineCore]:
     begin = time.perf_counter()
     executor = LocalExecutor(config, path if path.exists() else Path(args.model))
     capacity = executor.start()
+    if args.no_mixed:
+        executor._runner.mixed = None
     print(start_line(capacity))
     print(f'started in {time.perf_counter() - begin:.1f} s', flush=True)
     return executor, EngineCore(executor, capacity, depth=config.depth_on(capacity.device))
@@ -91,7 +93,7 @@ def main() -> None:
     """Run the cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='llama3-8b', help='a name in benchmark/shapes, or a config.json')
-    parser.add_argument('--cases', nargs='+', choices=CASES, default=['1', '16', '256', 'sharegpt'])
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=['1', '16', '256', 'sharegpt'])
     parser.add_argument('--runner', choices=('graph', 'eager'), default='graph')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', default='bfloat16')
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument('--depth', type=int)
     parser.add_argument('--profile', action='store_true', help='the host side of the last case, by function')
     parser.add_argument('--kernels', action='store_true', help='the device side of each case, by kernel')
+    parser.add_argument('--no-mixed', action='store_true', help='chunks of prompts without graphs')
     args = parser.parse_args()
     set_level('INFO')
     executor, core = build(args)
@@ -106,10 +109,10 @@ def main() -> None:
     begin = time.perf_counter()
     run(core, CASES['warm'].requests(vocab_size, tag='warm'))
     print(f'warm in {time.perf_counter() - begin:.1f} s', flush=True)
-    for name in args.cases:
+    for turn, name in enumerate(args.cases):
         load = CASES[name]
         executor.call('time_graphs', True)
-        measured = run(core, load.requests(vocab_size, tag=name))
+        measured = run(core, load.requests(vocab_size, tag=f'{turn}.{name}.'))
         report(load, measured, executor.call('time_graphs', False)[0])
         if args.kernels:
             kernels(core, load, vocab_size)
