@@ -65,7 +65,8 @@ class TritonPaged:
         if workspace is None:
             workspace = self._workspaces[key] = decode.make_workspace(
                 decode.MOST_PER_SM * processors, group, case.head_dim, device)
-        plans = {window: decode.plan_decode(batch.kv_lens[:rows], case.kv_heads, window, programs, config)
+        rows_of = batch.kv_lens[:rows], batch.query_start, batch.table_rows
+        plans = {window: decode.plan_decode(*rows_of, case.kv_heads, window, programs, config)
                  for window in case.windows}  # fmt: skip
         return Division(plans, workspace)
 

@@ -59,12 +59,24 @@ def config_of(group: int, dim: int, size: int, pairs: int) -> DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """A step's division of work for one window. ``tiles [B+1]`` and ``starts [3, G]`` (row, kv head, tile), int32."""
+    """A step's division of work for one window, on the device.
 
-    tiles: Tensor
-    starts: Tensor
-    programs: int
+    Attributes:
+        stretches: ``[9, G] int32``, per program: the row, key head and tile within them that it begins with; its first
+            tile on the line and the one behind its last; that row's length, row of the block table and query token; the
+            last program that has a part of the (row, head) that begins in this stretch and ends in another, or -1.
+        merged: ``[G] int32``: query token * key heads + key head of that (row, head).
+        shares: ``[2] int32``: the first ``shares[1]`` stretches have ``shares[0] + 1`` tiles, the others one less.
+    """
+
+    stretches: Tensor
+    merged: Tensor
+    shares: Tensor
     config: DecodeConfig
+
+    @property
+    def programs(self) -> int:
+        return self.stretches.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +98,6 @@ def make_workspace(programs: int, group: int, dim: int, device: torch.device) ->
 
 
 @triton.jit
-def _shares(total, programs, LEAST: tl.constexpr):
-    """(base, extra): the first ``extra`` stretches have ``base + 1`` tiles, the others ``base``, LEAST or more.
-
-    Where there is too little work, the last programs' stretches lie behind the end of the line.
-    """
-    used = tl.maximum(tl.minimum(programs, total // LEAST), 1)
-    return total // used, total % used
-
-
-@triton.jit
 def _first_of(p, base, extra):
     """Where program p's stretch begins."""
     return p * base + tl.minimum(p, extra)
@@ -109,33 +111,58 @@ def _owner_of(tile, base, extra):
 
 
 @triton.jit
-def _plan_kernel(kv_lens, tiles, starts, rows, programs, HEADS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
-                 ROWS: tl.constexpr, PROGRAMS: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _locate(at, first, count, end, HEADS: tl.constexpr):
+    """(row, head, tile of the pair, tiles of the pair) of the places ``at`` on the line; behind its end a row too many.
+
+    ``first``, ``count`` and ``end`` are the rows' tiles of one head: those before, their own, and both.
+    """
+    row = tl.sum((end[None, :] * HEADS <= at[:, None]).to(tl.int32), 1)
+    here = row[:, None] == tl.arange(0, first.shape[0])[None, :]
+    inside = at - tl.sum(tl.where(here, first[None, :], 0), 1) * HEADS
+    tiles = tl.maximum(tl.sum(tl.where(here, count[None, :], 0), 1), 1)
+    return row, inside // tiles, inside % tiles, tiles
+
+
+@triton.jit
+def _plan_kernel(kv_lens, query_start, table_rows, stretches, merged, shares, rows, programs, HEADS: tl.constexpr,
+                 WINDOW: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
+                 LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.arange(0, ROWS)
-    length = tl.load(kv_lens + row, mask=row < rows, other=0)
+    i = tl.arange(0, ROWS)
+    length = tl.load(kv_lens + i, mask=i < rows, other=0)
     count = (length + TILE - 1) // TILE
     if WINDOW > 0:
         count -= tl.maximum(length - WINDOW, 0) // TILE
     end = tl.cumsum(count, 0)
     first = end - count
-    if tl.program_id(0) == 0:
-        tl.store(tiles + row, first, mask=row < rows)
-        tl.store(tiles + rows, tl.sum(count, 0))
     total = tl.sum(count, 0) * HEADS
-    base, extra = _shares(total, programs, LEAST)
+    used = tl.maximum(tl.minimum(programs, total // LEAST), 1)  # the others' stretches lie behind the end of the line
+    base, extra = total // used, total % used
+    if tl.program_id(0) == 0:
+        tl.store(shares, base)
+        tl.store(shares + 1, extra)
     p = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
-    at = _first_of(p, base, extra)
-    mine = tl.sum((end[None, :] * HEADS <= at[:, None]).to(tl.int32), 1)
-    here = mine[:, None] == row[None, :]
-    inside = at - tl.sum(tl.where(here, first[None, :], 0), 1) * HEADS
-    per_head = tl.maximum(tl.sum(tl.where(here, count[None, :], 0), 1), 1)
     ok = p < programs
-    tl.store(starts + p, mine, mask=ok)
-    tl.store(starts + programs + p, inside // per_head, mask=ok)
-    tl.store(starts + 2 * programs + p, inside % per_head, mask=ok)
+    at = tl.minimum(_first_of(p, base, extra), total)
+    behind = tl.minimum(_first_of(p + 1, base, extra), total)
+    row, head, tile, tiles = _locate(at, first, count, end, HEADS)
+    there = ok & (row < rows)
+    out = stretches + p
+    tl.store(out, row, mask=ok)
+    tl.store(out + programs, head, mask=ok)
+    tl.store(out + 2 * programs, tile, mask=ok)
+    tl.store(out + 3 * programs, at, mask=ok)
+    tl.store(out + 4 * programs, behind, mask=ok)
+    tl.store(out + 5 * programs, tl.load(kv_lens + row, mask=there, other=0), mask=ok)
+    tl.store(out + 6 * programs, tl.load(table_rows + row, mask=there, other=0), mask=ok)
+    tl.store(out + 7 * programs, tl.load(query_start + row, mask=there, other=0), mask=ok)
+    row, head, tile, tiles = _locate(behind, first, count, end, HEADS)
+    split = ok & (row < rows) & (tile > 0) & (behind - tile >= at)
+    last = tl.where(split, _owner_of(behind - tile + tiles - 1, base, extra), -1)
+    tl.store(out + 8 * programs, last, mask=ok)
+    tl.store(merged + p, tl.load(query_start + row, mask=split, other=0) * HEADS + head, mask=ok)
 
 
 @triton.jit
@@ -153,7 +180,7 @@ def _merge(out_row, sums, stats, first, last, GROUP: tl.constexpr, D: tl.constex
         acc = tl.zeros([WIDTH], tl.float32)
         for p0 in range(first, last + 1, CHUNK):
             p = p0 + tl.arange(0, CHUNK)
-            slot = (2 * p + (p == first).to(tl.int32)).to(tl.int64)
+            slot = 2 * p + (p == first).to(tl.int32)
             ok = (p <= last)[:, None] & inside[None, :]
             stat = stats + slot[:, None] * (2 * GROUP) + (e // D)[None, :]
             part_top = tl.load(stat, mask=ok, other=float('-inf'), cache_modifier='.cg')
@@ -185,32 +212,32 @@ def _load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, tiles, starts, sums, stats,
-                   counts, rows, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                   M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
-                   TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-                   TMA: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-                   CHUNK: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, stretches, shares, sums,
+                   stats, counts, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                   WINDOW: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+                   FUSED: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     p = tl.program_id(0)
     programs = tl.num_programs(0)
-    row = tl.load(starts + p)
-    head = tl.load(starts + programs + p)
-    skip = tl.load(starts + 2 * programs + p)
-    total = tl.load(tiles + rows) * HEADS
-    base, extra = _shares(total, programs, LEAST)
-    begin = tl.minimum(_first_of(p, base, extra), total)
-    end = tl.minimum(_first_of(p + 1, base, extra), total)
+    row = tl.load(stretches + p)
+    head = tl.load(stretches + programs + p)
+    skip = tl.load(stretches + 2 * programs + p)
+    begin = tl.load(stretches + 3 * programs + p)
+    end = tl.load(stretches + 4 * programs + p)
+    length = tl.load(stretches + 5 * programs + p)
+    table_row = tl.load(stretches + 6 * programs + p)
+    token = tl.load(stretches + 7 * programs + p)
+    base, extra = tl.load(shares), tl.load(shares + 1)
     m = tl.arange(0, M)
     d = tl.arange(0, D_P)
     n = tl.arange(0, TILE)
     at = begin
     while at < end:
-        length = tl.load(kv_lens + row)
-        token = tl.load(query_start + row)
-        table = block_table + tl.load(table_rows + row).to(tl.int64) * table_stride
+        table = block_table + table_row.to(tl.int64) * table_stride
         seen = 0
         if WINDOW > 0:
             seen = tl.maximum(length - WINDOW, 0)
@@ -266,7 +293,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
                          mask=(m < GROUP)[:, None] & (d < D)[None, :])  # fmt: skip
         else:
             pair = at - skip  # the first tile of this (row, head) on the line
-            slot = (2 * p + (pair >= begin).to(tl.int32)).to(tl.int64)
+            slot = 2 * p + (pair >= begin).to(tl.int32)
             part = sums + slot * (GROUP * D)
             if SWAP:
                 tl.store(part + m[None, :] * D + d[:, None], acc, mask=(m < GROUP)[None, :] & (d < D)[:, None])
@@ -290,35 +317,32 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
             head = 0
             row += 1
             if at < end:
-                while tl.load(tiles + row + 1) == tl.load(tiles + row):  # rows without tokens
+                length = tl.load(kv_lens + row)
+                while length == 0:
                     row += 1
+                    length = tl.load(kv_lens + row)
+                table_row = tl.load(table_rows + row)
+                token = tl.load(query_start + row)
 
 
 @triton.jit
-def _merge_kernel(out, query_start, tiles, starts, sums, stats, rows, programs, HEADS: tl.constexpr,
-                  GROUP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+def _merge_kernel(out, stretches, merged, sums, stats, GROUP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
+                  CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program (p, g): query head g of the (row, head) that begins in stretch p and ends in a later one, if any."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     p, g = tl.program_id(0), tl.program_id(1)
-    row = tl.load(starts + p + 1)
-    head = tl.load(starts + programs + p + 1)
-    skip = tl.load(starts + 2 * programs + p + 1)
-    base, extra = _shares(tl.load(tiles + rows) * HEADS, programs, LEAST)
-    pair = _first_of(p + 1, base, extra) - skip
-    if (row < rows) & (skip > 0) & (pair >= _first_of(p, base, extra)):
-        count = tl.load(tiles + row + 1) - tl.load(tiles + row)
-        token = tl.load(query_start + row).to(tl.int64)
-        last = _owner_of(pair + count - 1, base, extra)
+    last = tl.load(stretches + 8 * tl.num_programs(0) + p)
+    place = tl.load(merged + p).to(tl.int64)
+    if last > p:
         d = tl.arange(0, D_P)
         top = float('-inf')
         weight = 0.0
         acc = tl.zeros([D_P], tl.float32)
         for p0 in range(p, last + 1, CHUNK):
             part = p0 + tl.arange(0, CHUNK)
-            slot = (2 * part + (part == p).to(tl.int32)).to(tl.int64)
+            slot = 2 * part + (part == p).to(tl.int32)
             ok = part <= last
             stat = stats + slot * (2 * GROUP) + g
             part_top = tl.load(stat, mask=ok, other=float('-inf'))
@@ -331,22 +355,25 @@ def _merge_kernel(out, query_start, tiles, starts, sums, stats, rows, programs, 
             weight = weight * old_scale + tl.sum(part_weight * scale, 0)
             acc = acc * old_scale + tl.sum(sum_ * scale[:, None], 0)
             top = new
-        tl.store(out + ((token * HEADS + head) * GROUP + g) * D + d, (acc / weight).to(out.dtype.element_ty),
+        tl.store(out + (place * GROUP + g) * D + d, (acc / weight).to(out.dtype.element_ty),
                  mask=d < D)  # fmt: skip
 
 
-def plan_decode(kv_lens: Tensor, kv_heads: int, window: int, programs: int, config: DecodeConfig) -> DecodePlan:
-    """Share out the tiles of rows with ``kv_lens [B] int32`` among ``programs`` programs, on the device."""
-    rows = kv_lens.shape[0]
-    tiles = torch.empty(rows + 1, dtype=torch.int32, device=kv_lens.device)
-    starts = torch.empty(3, programs, dtype=torch.int32, device=kv_lens.device)
+def plan_decode(kv_lens: Tensor, query_start: Tensor, table_rows: Tensor, kv_heads: int, window: int, programs: int,
+                config: DecodeConfig) -> DecodePlan:  # fmt: skip
+    """Share out the tiles of rows with ``kv_lens [B] int32`` among ``programs`` programs, on the device.
+
+    ``query_start`` and ``table_rows`` are those of :func:`decode_attention`.
+    """
+    rows, pdl = kv_lens.shape[0], supports_pdl(kv_lens.device)
+    plan = torch.empty(10 * programs + 2, dtype=torch.int32, device=kv_lens.device)
+    stretches, merged, shares = plan[: 9 * programs].view(9, programs), plan[9 * programs : -2], plan[-2:]
     padded = max(triton.next_power_of_2(rows), 16)
     each = max(4096 // padded, 4)
-    pdl = supports_pdl(kv_lens.device)
     _plan_kernel[(triton.cdiv(programs, each),)](
-        kv_lens, tiles, starts, rows, programs, HEADS=kv_heads, WINDOW=window, TILE=TILE, ROWS=padded, PROGRAMS=each,
-        LEAST=config.least, PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
-    return DecodePlan(tiles, starts, programs, config)
+        kv_lens, query_start, table_rows, stretches, merged, shares, rows, programs, HEADS=kv_heads, WINDOW=window,
+        TILE=TILE, ROWS=padded, PROGRAMS=each, LEAST=config.least, PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
+    return DecodePlan(stretches, merged, shares, config)
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, table_rows: Tensor,
@@ -359,30 +386,29 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: T
         k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
         block_table: ``[N, W] int32``; row i's blocks are in row ``table_rows[i]``.
         query_start, kv_lens, table_rows: ``[B] int32`` or longer; a row of length 0 is left alone.
-        plan: that of these lengths and this window.
+        plan: that of these rows and this window.
         out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
-    rows, group, padded = kv_lens.shape[0], heads // kv_heads, triton.next_power_of_2(dim)
+    group, padded = heads // kv_heads, triton.next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
     k, v = k_pages, v_pages
     tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
     if tma:
         k, v = (TensorDescriptor(pages, [pages.numel() // dim, dim], [dim, 1], [TILE, padded])
                 for pages in (k_pages, v_pages))  # fmt: skip
-    width = min(triton.next_power_of_2(group * dim), 512)
+    width = min(triton.next_power_of_2(group * dim), 2048)
     _decode_kernel[(plan.programs,)](
-        q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.tiles, plan.starts, workspace.sums,
-        workspace.stats, workspace.counts, rows, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
+        q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums,
+        workspace.stats, workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
         GROUP=group, M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
         WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=tma, FUSED=config.fused,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 1),
-        LEAST=config.least, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(4096 // width, 1), PDL=pdl,
+        num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
-    if not config.fused and plan.programs > 1:
-        _merge_kernel[(plan.programs - 1, group)](
-            out, query_start, plan.tiles, plan.starts, workspace.sums, workspace.stats, rows, plan.programs,
-            HEADS=kv_heads, GROUP=group, D=dim, D_P=padded, CHUNK=min(max(4096 // padded, 1), 32), LEAST=config.least,
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
+    if not config.fused:
+        _merge_kernel[(plan.programs, group)](
+            out, plan.stretches, plan.merged, workspace.sums, workspace.stats, GROUP=group, D=dim, D_P=padded,
+            CHUNK=min(max(4096 // padded, 1), 32), PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip

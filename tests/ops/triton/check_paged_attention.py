@@ -62,7 +62,8 @@ DECODE = [  # shape, way, window, programs
 def decode(case, kv_heads, window, programs, lens=None, config=None, **way):
     """Twice: what the first left behind in the workspace does no harm."""
     lens = case.device_lens if lens is None else lens
-    plan = plan_decode(lens, kv_heads, window, programs, config or DecodeConfig(1, 4, 5, **way))
+    config = config or DecodeConfig(1, 4, 5, **way)
+    plan = plan_decode(lens, case.device_start, case.rows, kv_heads, window, programs, config)
     workspace = make_workspace(programs, case.q.shape[1] // kv_heads, case.q.shape[2], lens.device)
     for _ in range(2):
         case.out.fill_(float('nan'))
