@@ -135,5 +135,9 @@ def registered(device: str) -> dict[str, Op]:
 def _load(device: str) -> None:
     if device in _PACKAGES and device not in _loaded:
         _loaded.add(device)
-        import_module(_PACKAGES[device])
+        try:
+            import_module(_PACKAGES[device])
+        except ModuleNotFoundError as error:
+            if error.name != 'triton':  # torch comes without it on some platforms: the references run there
+                raise
     plugins.load()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lmdeploy.ops.activation import ACTIVATIONS
-from lmdeploy.ops.norm import add_rms_norm, rms_norm
+from lmdeploy.ops.embedding import embed
+from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
 from lmdeploy.ops.rope import rope
 from tests.tolerance import tolerance
 
@@ -37,6 +38,22 @@ def test_rms_norm(dtype, size, wide):
     residual = noise(ROWS, size).to(dtype)
     for got, want in zip(add_rms_norm(x, residual, weight, 1e-5), add_rms_norm.reference(x, residual, weight, 1e-5)):
         torch.testing.assert_close(got, want, **tolerance(dtype))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_a_norm_on_both_sides_of_the_addition_is_the_two_one_after_the_other(dtype):
+    x, residual, post, weight = (noise(*shape, dtype=dtype) for shape in ((ROWS, 96), (ROWS, 96), (96,), (96,)))
+    wanted = add_rms_norm(rms_norm(x, post, 1e-5), residual, weight, 1e-5)
+    for got, want in zip(norm_add_rms_norm(x, residual, post, weight, 1e-5), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_embedding_gathers_and_scales(dtype):
+    table, ids = noise(9, 24, dtype=dtype), torch.tensor([4, 0, 8, 4], dtype=torch.int32)
+    assert torch.equal(embed(ids, table, 1.0), table[ids.long()])
+    scale = torch.tensor(24**0.5, dtype=dtype).item()
+    assert torch.equal(embed(ids, table, scale), table[ids.long()] * scale)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -10,7 +10,16 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.ops.cpu import features
 from lmdeploy.quant import kernels
 from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.kernels import Dense, KernelCase, Merged, PackedDense, PackedGated, choose_gated, choose_kernel
+from lmdeploy.quant.kernels import (
+    Dense,
+    Interleaved,
+    KernelCase,
+    Merged,
+    PackedDense,
+    PackedGated,
+    choose_gated,
+    choose_kernel,
+)
 from lmdeploy.quant.scheme import QuantScheme, dense_scheme
 from tests.tolerance import tolerance
 
@@ -73,9 +82,33 @@ def test_choice():
     assert choose_kernel(case()).name == ('onednn_packed' if torch.float32 in DTYPES else 'torch')
     assert choose_kernel(case(torch.float16)).name == 'torch'
     assert choose_gated(case(torch.float16)).name == 'merged'
+    assert choose_gated(case(torch.float16, dense_scheme(16))).name == 'merged'
     elsewhere = KernelCase(dense_scheme(16), torch.bfloat16, torch.device('meta'))
     assert choose_kernel(elsewhere).name == 'torch'
     assert 'runs on cpu' in PackedDense().refuse(elsewhere)
+
+
+def test_choice_on_a_gpu():
+    pytest.importorskip('triton', reason='triton is made for Linux on x86-64')
+
+    def gated(dtype, width):
+        return choose_gated(KernelCase(dense_scheme(16), dtype, torch.device('cuda'), width)).name
+
+    assert gated(torch.bfloat16, 96) == gated(torch.float16, 0) == 'interleaved'
+    assert gated(torch.float32, 96) == gated(torch.bfloat16, 100) == 'merged'
+    bfloat16 = KernelCase(dense_scheme(16), torch.bfloat16, torch.device('cuda'))
+    assert choose_kernel(bfloat16).name == 'torch' and not Dense().rounds(bfloat16)
+    assert Dense().rounds(KernelCase(dense_scheme(16), torch.bfloat16, torch.device('meta')))
+
+
+@pytest.mark.parametrize('biases', [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize('activation', ['silu', 'gelu_tanh'])
+def test_interleaved_equals_merged(biases, activation):
+    gate, up = layer(48, 80, seed=1, bias=biases[0]), layer(48, 80, seed=2, bias=biases[1])
+    x = torch.randn(ROWS, 80)
+    found = Interleaved().apply(x, Interleaved().pack(gate, up, case()), activation)
+    wanted = Merged().apply(x, Merged().pack(gate, up, case()), activation)
+    torch.testing.assert_close(found, wanted, **tolerance(torch.float32, float(wanted.abs().max()), 80))
 
 
 def test_no_kernel_is_an_error_with_all_reasons():
