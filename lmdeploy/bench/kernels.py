@@ -21,7 +21,7 @@ class Figure:
     Attributes:
         gb_per_s, tflops: what it reached, of the bytes and operations that the work needs at least.
         bound_us: the larger of the times for the bytes at the copy rate and for the operations at the peak;
-            ``bound_by``: ``'memory'`` or ``'compute'``. ratio: ``bound_us`` by the time, 1 at most where no cache helps.
+            ``bound_by``: ``'memory'`` or ``'compute'``. ratio: ``bound_us`` by the time; above 1 a cache has helped.
     """
 
     name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from lmdeploy.bench.device import Call
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.kv.cache import PAGE, KVCache, KVShape
 from lmdeploy.ops.sample import uniforms
-from lmdeploy.ops.table import registered
+from lmdeploy.ops.table import Op, OpCase, registered
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import KernelCase, choose_gated, choose_kernel
 from lmdeploy.quant.scheme import dense_scheme
@@ -178,11 +179,7 @@ def _logits(bench: Bench, name: str) -> Work:
         if name == 'ranked':
             return lambda: op(logits, 20)
         if name == 'draw':
-            full = {'device': bench.device}
-            top_k, top_p = torch.full((rows,), 40, **full), torch.full((rows,), 0.9, dtype=torch.float64, **full)
-            draws = torch.from_numpy(_draws(rows)).to(bench.device)
-            heat, share = torch.full((rows,), 0.8, **full), torch.zeros(rows, **full)
-            return lambda: op(logits, heat, top_k, top_p, share, draws)
+            return _draw(op, logits)
         if name == 'sample_slots':
             tables = DeviceTables(rows, PAGE, PAGE, 0, bench.device).sampling
             at = torch.arange(rows, device=bench.device, dtype=torch.int32)
@@ -192,10 +189,15 @@ def _logits(bench: Bench, name: str) -> Work:
     return str(list(shape)), 4 * shape[0] * shape[1], 0.0, make
 
 
-def _draws(rows: int):
-    import numpy as np
-
-    return uniforms(np.arange(rows, dtype=np.uint64), np.zeros(rows, dtype=np.uint64))
+def _draw(op: Op, logits: Tensor) -> Call:
+    """Draws with every common cut, from numbers that differ by row."""
+    rows, device = len(logits), logits.device
+    heat, share = (torch.full((rows,), value, device=device) for value in (0.8, 0.0))
+    top_k = torch.full((rows,), 40, dtype=torch.int64, device=device)
+    top_p = torch.full((rows,), 0.9, dtype=torch.float64, device=device)
+    each = np.arange(rows, dtype=np.uint64)
+    chance = torch.from_numpy(uniforms(each, np.zeros_like(each))).to(device)
+    return lambda: op(logits, heat, top_k, top_p, share, chance)
 
 
 def _decode_inputs(bench: Bench, name: str) -> Work:
@@ -209,6 +211,19 @@ def _decode_inputs(bench: Bench, name: str) -> Work:
         return lambda: op(packed, blocks, last, PAGE)
 
     return f'[4, {rows}]', 44 * rows, 0.0, make
+
+
+def _chunk_inputs(bench: Bench, name: str) -> Work:
+    op, rows = registered(bench.device.type)[name], bench.rows
+
+    def make() -> Call:
+        by_token, by_row = (torch.zeros(fields, rows, dtype=torch.int32, device=bench.device) for fields in (3, 5))
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=bench.device)
+        blocks = torch.zeros(rows + 1, -(-bench.context // PAGE), dtype=torch.int32, device=bench.device)
+        last = torch.zeros(rows + 1, dtype=torch.int32, device=bench.device)
+        return lambda: op(by_token, by_row, starts, blocks, last, PAGE)
+
+    return f'[3, {rows}]', 84 * rows, 0.0, make
 
 
 def _keep_results(bench: Bench, name: str) -> Work:
@@ -228,15 +243,14 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'rms_norm': _norm, 'add_rms_norm': _norm, 'norm_add_rms_norm': _norm, 'silu_mul': _activation,
     'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
     'rope_write_kv': _rope_write_kv, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
-    'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs, 'keep_results': _keep_results,
+    'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs, 'chunk_inputs': _chunk_inputs,
+    'keep_results': _keep_results,
 }
 AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'}  # see linears() and attention()
 
 
 def ops(bench: Bench) -> Iterator[Probe]:
     """Every op that has an implementation for the device."""
-    from lmdeploy.ops.table import OpCase
-
     for name, op in sorted(registered(bench.device.type).items()):
         if name not in OPS or not any(candidate.device == bench.device.type for candidate in op.candidates):
             continue

@@ -76,9 +76,10 @@ def write_json(path: Path, report: Any) -> None:
 
 @dataclass(slots=True)
 class Table:
-    """Rows of texts under headings; the first column is left-aligned, the others are right-aligned."""
+    """Rows of texts under headings; the first ``names`` columns are left-aligned, the others right-aligned."""
 
     headings: tuple[str, ...]
+    names: int = 1
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, *cells: str) -> None:
@@ -92,7 +93,8 @@ class Table:
         everything = [self.headings, *self.rows]
         widths = [max(len(row[i]) for row in everything) for i in range(len(self.headings))]
         for row in everything:
-            cells = (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+            cells = (cell.rjust(width) if i >= self.names else cell.ljust(width)
+                     for i, (cell, width) in enumerate(zip(row, widths)))
             print('  '.join(cells).rstrip())
 
     def _print_rich(self) -> None:
@@ -103,7 +105,7 @@ class Table:
 
         table = RichTable(box=SIMPLE_HEAD)
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify='right' if i else 'left')
+            table.add_column(heading, justify='right' if i >= self.names else 'left')
         for row in self.rows:
             table.add_row(*map(Text, row))
         Console().print(table)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lmdeploy.bench.offline import Bench, OfflineReport
     from lmdeploy.bench.roofline import Roof
     from lmdeploy.bench.workload import Workload
-    from lmdeploy.config.model import ModelConfig
     from lmdeploy.cli.screen import Screen
+    from lmdeploy.config.model import ModelConfig
 
 DATASETS = ('fixed', 'sharegpt-like')
 

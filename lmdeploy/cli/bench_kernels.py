@@ -33,7 +33,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     dtype = choose_dtype(DTYPES.get(args.dtype, args.dtype), device, config.dtype_name)
     report = measure(config, args.model, device, dtype, args.rows, args.context, args.only, roof)
     shared.write(args, screen, report)
-    table = Table(('kernel', 'shape', 'implementation', 'us', 'GB/s', 'TFLOP/s', 'bound us', 'by', 'of bound'))
+    table = Table(('kernel', 'shape', 'implementation', 'us', 'GB/s', 'TFLOP/s', 'bound us', 'by', 'of bound'),
+                  names=3)
     for figure in report.figures:
         table.add(figure.name, figure.shape, figure.implementation, shown(figure.microseconds),
                   shown(figure.gb_per_s), shown(figure.tflops) if figure.tflops else '', shown(figure.bound_us),

@@ -21,9 +21,16 @@ PROVEN_TRITON = '3.6'  # the version that the kernels are proven on
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dump-file', type=Path, default=None, metavar='FILE',
                         help='write it to a .json or .yml file too')
+    parser.add_argument('--explain', action='store_true',
+                        help='print instead which kernels this device would run, and why not the others')
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
+    if args.explain:
+        from lmdeploy.extend import explain
+
+        print(explain())
+        return 0
     facts = collect()
     print('\n'.join(f'{name}: {value}' for name, value in facts.items()))
     if args.dump_file is not None:

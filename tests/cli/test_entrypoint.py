@@ -47,7 +47,7 @@ def test_import_brings_nothing_heavy():
 
 
 @pytest.mark.parametrize('argv', [['-h'], ['-v'], ['chat', '-h'], ['list', '-h'], ['pull', '-h'], ['rm', '-h'],
-                                  ['check_env', '-h'], []])
+                                  ['check_env', '-h'], ['bench', '-h'], ['bench', 'throughput', '-h'], []])
 def test_help_brings_nothing_heavy(argv):
     code = ('from lmdeploy.cli.entrypoint import main\n'
             f'try:\n    main({argv!r})\nexcept SystemExit as leave:\n    assert leave.code == 0')
