@@ -28,14 +28,15 @@ def test_pieces_come_in_their_places(tmp_path, size):
     file.close()
 
 
-def test_a_checkpoint_uploads_what_it_would_read(tmp_path):
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_a_checkpoint_uploads_what_it_would_read(tmp_path, device):
     tensors = {'a.weight': torch.randn(7, 5).bfloat16(), 'b.weight': torch.randn(3), 'c.weight': torch.zeros(0, 4)}
     save_file(tensors, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text('{}')
     with open_checkpoint(tmp_path) as checkpoint:
-        checkpoint.upload_to(torch.device('cpu'))
+        checkpoint.upload_to(torch.device(device))
         for name, tensor in tensors.items():
             found = checkpoint.get(name)
-            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+            assert found.device.type == device and found.dtype == tensor.dtype and torch.equal(found.cpu(), tensor)
         assert checkpoint.get('a.weight', (7, 5), torch.float32).dtype == torch.float32
         assert not checkpoint.leftover()
