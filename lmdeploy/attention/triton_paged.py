@@ -57,7 +57,7 @@ class TritonPaged:
         from lmdeploy.ops.triton.launch import multiprocessors
 
         device, group, rows = batch.device, case.heads // case.kv_heads, batch.num_decode
-        config = decode.config_of(group, case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
+        config = decode.config_of(case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
         processors = multiprocessors(device)
         programs = config.per_sm * processors
         key = device, group, case.head_dim

@@ -26,35 +26,42 @@ from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports
 LOG2E = 1.4426950408889634
 TILE = 64  # keys per tile: a page, or a part of a longer one
 MOST_PER_SM = 4  # programs per multiprocessor
-SHARED_BYTES = 200 * 1024  # of a multiprocessor's shared memory for tiles in flight
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Launch parameters: how many programs per multiprocessor, how they hold and read the tiles.
+    """Launch parameters.
 
     Attributes:
+        per_sm: programs per multiprocessor.
         num_stages: a tile's address is a load too, so 2 n + 1 stages hold n tiles of keys and n of values.
-        swap: keys are the rows of the products (wgmma), not the queries (mma).
         fused: the program that delivers the last part merges the parts; otherwise a second kernel does, in parallel.
+        tma: tiles are read by tensor descriptors, not by pointers.
         least: tiles that a program takes at least.
     """
 
     per_sm: int
-    num_warps: int
     num_stages: int
-    swap: bool = False
+    fused: bool
     tma: bool = True
-    fused: bool = True
     least: int = 1
 
 
-def config_of(group: int, dim: int, size: int, pairs: int) -> DecodeConfig:
-    """The launch parameters for ``pairs`` (row, key head) with ``group`` query heads of ``dim`` channels of ``size``
-    bytes."""
-    per_sm = 3 if dim <= 64 else 2 if dim <= 128 else 1
-    buffers = SHARED_BYTES // per_sm // (2 * TILE * triton.next_power_of_2(dim) * size)
-    return DecodeConfig(per_sm, num_warps=4, num_stages=2 * min(max(buffers, 1), 4) + 1, fused=pairs >= 128)
+def config_of(dim: int, size: int, pairs: int) -> DecodeConfig:
+    """The launch parameters for ``pairs`` (row, key head) whose keys have ``dim`` channels of ``size`` bytes.
+
+    As measured on an H200: few pairs are split into many parts, which a second kernel merges faster; many pairs fill
+    the device, and pointers read whole tiles a little faster than descriptors.
+    """
+    if 2 * TILE * triton.next_power_of_2(dim) * size > 32 * 1024:  # a tile of keys and one of values
+        return DecodeConfig(1, 5 if dim * size <= 512 else 3, pairs >= 128)
+    if dim <= 64:
+        if pairs < 128:
+            return DecodeConfig(1 if pairs < 32 else 4, 3, False)
+        return DecodeConfig(2, 5, True, tma=False)
+    if pairs < 128:
+        return DecodeConfig(1, 7, False)
+    return DecodeConfig(2, 3, True) if pairs < 512 else DecodeConfig(2, 5, True, tma=dim != 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +222,8 @@ def _load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr
 def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, stretches, shares, sums,
                    stats, counts, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
                    M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                   WINDOW: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
-                   FUSED: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                   WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, FUSED: tl.constexpr,
+                   PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -235,6 +242,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
     m = tl.arange(0, M)
     d = tl.arange(0, D_P)
     n = tl.arange(0, TILE)
+    inside = (m < GROUP)[:, None] & (d < D)[None, :]
     at = begin
     while at < end:
         table = block_table + table_row.to(tl.int64) * table_stride
@@ -245,12 +253,8 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
         count = (length + TILE - 1) // TILE - tile_0
         take = tl.minimum(count - skip, end - at)
         q_row = q + token.to(tl.int64) * q_stride + head * (GROUP * D)
-        if SWAP:
-            qt = tl.load(q_row + m[None, :] * D + d[:, None], mask=(m < GROUP)[None, :] & (d < D)[:, None], other=0.0)
-            acc = tl.zeros([D_P, M], tl.float32)
-        else:
-            qm = tl.load(q_row + m[:, None] * D + d[None, :], mask=(m < GROUP)[:, None] & (d < D)[None, :], other=0.0)
-            acc = tl.zeros([M, D_P], tl.float32)
+        queries = tl.load(q_row + m[:, None] * D + d[None, :], mask=inside, other=0.0)
+        acc = tl.zeros([M, D_P], tl.float32)
         top = tl.full([M], float('-inf'), tl.float32)
         weight = tl.zeros([M], tl.float32)
         for tile in tl.range(tile_0 + skip, tile_0 + skip + take, num_stages=STAGES):
@@ -261,44 +265,25 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
             hidden = key >= length
             if WINDOW > 0:
                 hidden = hidden | (key < seen)
-            if SWAP:
-                s = tl.dot(k, qt, input_precision=PRECISION) * scale
-                s = tl.where(hidden[:, None], float('-inf'), s)
-                new = tl.maximum(top, tl.max(s, 0))
-                e = tl.exp2(s - new[None, :])
-                old_scale = tl.exp2(top - new)
-                weight = weight * old_scale + tl.sum(e, 0)
-                acc = acc * old_scale[None, :]
-                v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
-                acc = tl.dot(tl.trans(v), e.to(v.dtype), acc, input_precision=PRECISION)
-            else:
-                s = tl.dot(qm, tl.trans(k), input_precision=PRECISION) * scale
-                s = tl.where(hidden[None, :], float('-inf'), s)
-                new = tl.maximum(top, tl.max(s, 1))
-                e = tl.exp2(s - new[:, None])
-                old_scale = tl.exp2(top - new)
-                weight = weight * old_scale + tl.sum(e, 1)
-                acc = acc * old_scale[:, None]
-                v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
-                acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+            s = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
+            s = tl.where(hidden[None, :], float('-inf'), s)
+            new = tl.maximum(top, tl.max(s, 1))
+            e = tl.exp2(s - new[:, None])
+            old_scale = tl.exp2(top - new)
+            weight = weight * old_scale + tl.sum(e, 1)
+            acc = acc * old_scale[:, None]
+            v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
+            acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
             top = new
         out_row = out + (token.to(tl.int64) * HEADS + head) * (GROUP * D)
         if take == count:
-            result = acc / weight[None, :] if SWAP else acc / weight[:, None]
-            if SWAP:
-                tl.store(out_row + m[None, :] * D + d[:, None], result.to(out.dtype.element_ty),
-                         mask=(m < GROUP)[None, :] & (d < D)[:, None])  # fmt: skip
-            else:
-                tl.store(out_row + m[:, None] * D + d[None, :], result.to(out.dtype.element_ty),
-                         mask=(m < GROUP)[:, None] & (d < D)[None, :])  # fmt: skip
+            tl.store(out_row + m[:, None] * D + d[None, :], (acc / weight[:, None]).to(out.dtype.element_ty),
+                     mask=inside)  # fmt: skip
         else:
             pair = at - skip  # the first tile of this (row, head) on the line
             slot = 2 * p + (pair >= begin).to(tl.int32)
             part = sums + slot * (GROUP * D)
-            if SWAP:
-                tl.store(part + m[None, :] * D + d[:, None], acc, mask=(m < GROUP)[None, :] & (d < D)[:, None])
-            else:
-                tl.store(part + m[:, None] * D + d[None, :], acc, mask=(m < GROUP)[:, None] & (d < D)[None, :])
+            tl.store(part + m[:, None] * D + d[None, :], acc, mask=inside)
             stat = stats + slot * (2 * GROUP)
             tl.store(stat + m, top, mask=m < GROUP)
             tl.store(stat + GROUP + m, weight, mask=m < GROUP)
@@ -403,9 +388,9 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: T
         q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums,
         workspace.stats, workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
         GROUP=group, M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        WINDOW=window, STAGES=config.num_stages, SWAP=config.swap, TMA=tma, FUSED=config.fused,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(4096 // width, 1), PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        WINDOW=window, STAGES=config.num_stages, TMA=tma, FUSED=config.fused,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 2), PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if not config.fused:
         _merge_kernel[(plan.programs, group)](

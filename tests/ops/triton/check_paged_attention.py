@@ -53,16 +53,17 @@ class Case:
         assert self.out[:begin].isnan().all() and self.out[end:].isnan().all()
 
 
-DECODE = [  # shape, way, window, programs
-    (0, {}, 0, 5), (0, {'least': 2}, 100, 9), (1, {'swap': True}, 0, 5), (2, {'tma': False}, 70, 7),
-    (0, {'fused': False}, 0, 9), (2, {'fused': False, 'least': 3}, 90, 1), (1, {'swap': True, 'fused': False}, 100, 5),
+DECODE = [  # shape, launch parameters, window, programs
+    (0, DecodeConfig(1, 5, True), 0, 5), (0, DecodeConfig(1, 3, True, least=2), 100, 9),
+    (2, DecodeConfig(1, 5, True, tma=False), 70, 7), (1, DecodeConfig(1, 5, True), 0, 3),
+    (0, DecodeConfig(1, 5, False), 0, 9), (2, DecodeConfig(1, 3, False, least=3), 90, 1),
+    (1, DecodeConfig(1, 5, False, tma=False), 100, 5),
 ]  # fmt: skip
 
 
-def decode(case, kv_heads, window, programs, lens=None, config=None, **way):
+def decode(case, kv_heads, window, programs, config, lens=None):
     """Twice: what the first left behind in the workspace does no harm."""
     lens = case.device_lens if lens is None else lens
-    config = config or DecodeConfig(1, 4, 5, **way)
     plan = plan_decode(lens, case.device_start, case.rows, kv_heads, window, programs, config)
     workspace = make_workspace(programs, case.q.shape[1] // kv_heads, case.q.shape[2], lens.device)
     for _ in range(2):
@@ -72,17 +73,17 @@ def decode(case, kv_heads, window, programs, lens=None, config=None, **way):
     assert not workspace.counts.any()
 
 
-@pytest.mark.parametrize(('shape', 'way', 'window', 'programs'), DECODE, ids=str)
-def test_decode(shape, way, window, programs, dtype, device):
+@pytest.mark.parametrize(('shape', 'config', 'window', 'programs'), DECODE, ids=str)
+def test_decode(shape, config, window, programs, dtype, device):
     case = Case([(1, length) for length in (200, 1, 64, 65)], *SHAPES[shape], dtype, device)
-    decode(case, SHAPES[shape][1], window, programs, **way)
+    decode(case, SHAPES[shape][1], window, programs, config)
     case.check(window)
 
 
 @pytest.mark.parametrize('fused', [True, False])
 def test_rows_without_tokens_are_left_alone(fused, device):
     case = Case([(1, 70), (1, 3), (1, 130)], 4, 2, 16, 64, torch.float32, device)
-    decode(case, 2, 0, 5, torch.tensor([70, 0, 130], dtype=torch.int32, device=device), fused=fused)
+    decode(case, 2, 0, 5, DecodeConfig(1, 3, fused), torch.tensor([70, 0, 130], dtype=torch.int32, device=device))
     assert case.out[1].isnan().all()
     case.out[1] = paged_attention.reference(case.q, case.k, case.v, case.table, case.start, case.lens, case.scale, 0)[1]
     case.check(0)
@@ -92,7 +93,7 @@ def test_decode_of_many_parts(device):
     """A long row beside a short one, more parts than are merged at once."""
     for fused in (True, False):
         case = Case([(1, 40 * 64 + 1), (1, 3)], 2, 1, 16, 64, torch.float32, device)
-        decode(case, 1, 0, 40, fused=fused)
+        decode(case, 1, 0, 40, DecodeConfig(1, 3, fused))
         case.check(0)
 
 
@@ -111,14 +112,13 @@ def test_prefill(shape, m, pages, tma, window, dtype, device):
     case.check(window, first=1)
 
 
-@pytest.mark.parametrize(('group', 'dim'), [(16, 128), (7, 64), (1, 256), (4, 96)])
-def test_launch_parameters_that_are_chosen(group, dim, dtype, device):
+@pytest.mark.parametrize(('group', 'dim', 'pairs'), [(16, 128, 6), (7, 64, 128), (1, 256, 6), (4, 96, 512)])
+def test_launch_parameters_that_are_chosen(group, dim, pairs, dtype, device):
     """Decode and prefill as models run them, at real head sizes."""
     if INTERPRETED:
         dim //= 8
     case = Case([(1, 200), (1, 64), (1, 1), (40, 150)], group * 2, 2, dim, 64, dtype, device)
-    config = decode_config(group, dim, case.q.element_size(), 6)
-    decode(case, 2, 0, 9, case.device_lens[:3], config=config)
+    decode(case, 2, 0, 9, decode_config(dim, case.q.element_size(), pairs), case.device_lens[:3])
     prefill_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens, 3, 1, 40,
                       case.out, case.scale, 0)  # fmt: skip
     case.check(0)
