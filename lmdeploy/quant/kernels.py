@@ -194,7 +194,7 @@ def withdraw(kernel: LinearKernel | GatedKernel) -> None:
 
 def explain(case: KernelCase) -> str:
     """One line per kernel, those of linear layers and then those of gated ones: chosen, ready, or reasons against."""
-    return '\n'.join((*_states('linear', LINEAR, case), *_states('gated', GATED, case)))
+    return '\n'.join((*_states('linear layer', LINEAR, case), *_states('gated layers', GATED, case)))
 
 
 def _states(kind: str, kernels: Sequence[K], case: KernelCase) -> Iterator[str]:
