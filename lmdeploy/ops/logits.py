@@ -68,6 +68,7 @@ def penalise_frequency(logits: Tensor, rows: Tensor, seen: Tensor, counts: Tenso
     flat.scatter_add_(0, at, values.flatten())
 
 
+@op
 def log_normaliser(logits: Tensor) -> Tensor:
     """``[R] float64``: log of the sum of exponentials; the same for a row alone and in any batch."""
     best = logits.amax(-1, keepdim=True)
