@@ -1,0 +1,48 @@
+"""The GPU backend against the reference over a growing cache: prompts, chunks, decodes and all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lmdeploy.attention.backend import Rotation
+from lmdeploy.attention.reference import Reference
+from lmdeploy.attention.triton_paged import TritonPaged
+from lmdeploy.kv.cache import KVCache, KVShape
+from lmdeploy.ops.rope import rope_tables
+from lmdeploy.runner.batch import ForwardBatch
+from tests.attention.test_backends import CASE, batch_of
+
+ERRORS = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+STEPS = ([5, 70, 3], [1, 1, 1], [1, 30, 2], [1, 1, 64], [1, 1, 1])  # new tokens of each row; the decodes come first
+
+
+def on(device: torch.device, batch: ForwardBatch) -> ForwardBatch:
+    tensors = {field.name: value.to(device) for field in dataclasses.fields(batch)
+               if isinstance(value := getattr(batch, field.name), torch.Tensor)}  # fmt: skip
+    return dataclasses.replace(batch, **tensors)
+
+
+@pytest.mark.parametrize('block_size', [64, 128])
+def test_a_growing_cache(block_size, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    backends = TritonPaged(), Reference()
+    caches = [KVCache(KVShape(1, 2, 32), 10, block_size, dtype, device) for _ in backends]
+    blocks = [[7, 8, 9], [1, 2, 3], [5, 4, 6]]
+    done = [0, 0, 0]
+    for feed in STEPS:
+        batch = on(device, batch_of(done, feed, blocks, block_size))
+        batch.num_decode = next((i for i, count in enumerate(feed) if count > 1), len(feed))
+        qkv = torch.randn(sum(feed), 10, 32, generator=generator).to(dtype).to(device)
+        frequencies = torch.rand(16, generator=generator).to(device)
+        rotation = Rotation(*rope_tables(batch.positions, frequencies, 1.0))
+        plans = [backend.prepare(CASE, batch, kv) for backend, kv in zip(backends, caches)]
+        for window in CASE.windows:
+            results = []
+            for backend, kv, batch.plan in zip(backends, caches, plans):
+                results.append(backend.run(qkv, rotation, kv.layer(0), batch, 32**-0.5, window))
+            assert results[0].dtype is dtype
+            torch.testing.assert_close(*results, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+        done = [d + f for d, f in zip(done, feed)]
