@@ -31,8 +31,8 @@ class PrefillConfig:
     tma: bool = True
 
 
-def config_of(group: int, dim: int, size: int) -> PrefillConfig:
-    """The launch parameters for ``group`` query heads per key head of ``dim`` channels of ``size`` bytes."""
+def config_of(dim: int, size: int) -> PrefillConfig:
+    """The launch parameters for heads of ``dim`` channels of ``size`` bytes."""
     if size == 4:
         return PrefillConfig(64 if dim <= 128 else 32, 1, 4, 3)
     return PrefillConfig(64, 1, 4, 5 if dim <= 128 else 3)
@@ -195,7 +195,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: 
     heads, dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     group, padded = heads // kv_heads, triton.next_power_of_2(dim)
-    config = config or config_of(group, dim, q.element_size())
+    config = config or config_of(dim, q.element_size())
     pdl = supports_pdl(q.device)
     m = max(config.rows, triton.next_power_of_2(group))
     k, v = k_pages, v_pages

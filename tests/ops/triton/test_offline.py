@@ -1,0 +1,84 @@
+"""The attention kernels, compiled for an H100 or H200 on a machine without one: what assembler and registers say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton', reason='triton is made for Linux on x86-64')
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lmdeploy.ops.triton import paged_attention_decode as decode
+from lmdeploy.ops.triton import paged_attention_prefill as prefill
+
+PTXAS = Path(nvidia.__file__).parent / 'bin' / 'ptxas'
+REGISTERS, SHARED = 65536, 228 * 1024  # of a multiprocessor; the system takes 1 KiB of each program's shared memory
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, 'dir', str(tmp_path / 'cache'))
+
+
+def compiled(kernel, types: dict[str, str], constants: dict[str, object], **options):
+    """``kernel`` with arguments of ``types``, all pointers aligned, and the rest ``constants``."""
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel, {name: types.get(name, 'constexpr') for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names) if types.get(name, '').startswith('*')})
+    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)
+
+
+def fits(binary, programs: int, path: Path) -> bool:
+    """Whether a multiprocessor holds ``programs`` of them at once, and none spills registers."""
+    path.write_text(binary.asm['ptx'])
+    said = subprocess.run([PTXAS, '-v', '-arch=sm_90a', path, '-o', '/dev/null'], capture_output=True, text=True,
+                          check=True).stderr  # fmt: skip
+    used, spilled = (re.search(pattern, said) for pattern in (r'Used (\d+) registers', r'(\d+) bytes spill stores'))
+    assert used and spilled, said
+    threads = 32 * binary.metadata.num_warps
+    return (int(spilled[1]) == 0 and programs * threads * int(used[1]) <= REGISTERS
+            and programs * (binary.metadata.shared + 1024) <= SHARED)  # fmt: skip
+
+
+def plane(tma: bool, dim: int) -> str:
+    return f'tensordesc<bf16[64, {dim}]>' if tma else '*bf16'
+
+
+INDEX = dict.fromkeys(('block_table', 'table_rows', 'query_start', 'kv_lens'), '*i32')
+VALUES = {'q': '*bf16', 'out': '*bf16', 'table_stride': 'i32', 'q_stride': 'i32', 'scale': 'fp32'}
+
+
+@pytest.mark.parametrize(('dim', 'pairs'), [(128, 8), (128, 128), (64, 1024)])
+def test_decode(dim, pairs, tmp_path):
+    config = decode.config_of(dim, 2, pairs)
+    binary = compiled(
+        decode._decode_kernel,
+        INDEX | VALUES | dict.fromkeys(('stretches', 'shares', 'counts'), '*i32')
+        | dict.fromkeys(('sums', 'stats'), '*fp32') | dict.fromkeys(('k_pages', 'v_pages'), plane(config.tma, dim)),
+        dict(HEADS=8, GROUP=4, M=16, D=dim, D_P=dim, BLOCK=64, TILE=64, WINDOW=0, STAGES=config.num_stages,
+             TMA=config.tma, FUSED=config.fused, PRECISION='tf32', WIDTH=4 * dim, CHUNK=4, PDL=True),
+        num_warps=4)  # fmt: skip
+    assert fits(binary, config.per_sm, tmp_path / 'decode.ptx')
+    assert 'mma.sync' in binary.asm['ptx'] and ('cp.async.bulk.tensor' in binary.asm['ptx']) is config.tma
+
+
+def test_prefill(tmp_path):
+    """Two programs on a multiprocessor, each on the tensor cores while the other is at its softmax."""
+    config = prefill.config_of(128, 2)
+    binary = compiled(
+        prefill._prefill_kernel,
+        INDEX | VALUES | {'first_row': 'i32', 'rows': 'i32'} | dict.fromkeys(('k_pages', 'v_pages'), plane(True, 128)),
+        dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, BLOCK=64, TILE=64, PAGES=config.pages, WINDOW=0,
+             STAGES=config.num_stages, TMA=True, PRECISION='tf32', PDL=True),
+        num_warps=config.num_warps)  # fmt: skip
+    assert fits(binary, 2, tmp_path / 'prefill.ptx')
+    assert 'wgmma.mma_async' in binary.asm['ptx']
