@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
+from lmdeploy.ops.table import OpCase
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
 
 _WIDEST = 16384  # channels that a program keeps in registers
@@ -48,7 +49,7 @@ def _norm_kernel(
     tl.store(out + row * SIZE + at, result.to(out.dtype.element_ty), mask=there)
 
 
-def _refuse(case) -> list[str]:
+def _refuse(case: OpCase) -> list[str]:
     return [] if case.dtype in (torch.bfloat16, torch.float16, torch.float32) else ['needs a floating-point type']
 
 
