@@ -167,7 +167,8 @@ def write(args: argparse.Namespace, screen: Screen, report: Any) -> None:
 
 
 def tell_roof(screen: Screen, roof: Roof) -> None:
-    screen.note('bench_roof', copy=roof.copy / 1e9, peak=roof.peak / 1e12, source=roof.source)
+    note = 'bench_given_roof' if roof.source == 'given' else 'bench_measured_roof'
+    screen.note(note, copy=roof.copy / 1e9, peak=roof.peak / 1e12)
 
 
 def finite(value: float) -> str:

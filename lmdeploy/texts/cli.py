@@ -229,9 +229,13 @@ NOTES: dict[str, dict[str, str]] = {
         'en': 'Any folder, .gguf file or hub id (org/name) works as well: lmdeploy chat PATH_OR_ID',
         'zh': '本地文件夹、.gguf 文件或 hub 上的模型 id（org/name）同样可用：lmdeploy chat 路径或ID',
     },
-    'bench_roof': {
-        'en': 'Roofline: {copy:,.1f} GB/s, {peak:,.2f} TFLOP/s ({source}).',
-        'zh': 'Roofline：{copy:,.1f} GB/s，{peak:,.2f} TFLOP/s（{source}）。',
+    'bench_measured_roof': {
+        'en': 'Roofline: {copy:,.1f} GB/s copied, {peak:,.2f} TFLOP/s multiplied, as this device was measured just now.',
+        'zh': 'Roofline：拷贝 {copy:,.1f} GB/s，乘法 {peak:,.2f} TFLOP/s，刚刚在此设备上测得。',
+    },
+    'bench_given_roof': {
+        'en': 'Roofline: {copy:,.1f} GB/s copied, {peak:,.2f} TFLOP/s multiplied, as given.',
+        'zh': 'Roofline：拷贝 {copy:,.1f} GB/s，乘法 {peak:,.2f} TFLOP/s，由选项指定。',
     },
     'bench_failed': {
         'en': '{count} requests failed: {reason}',

@@ -42,7 +42,7 @@ def test_throughput(bench, toy, tmp_path):
     assert code == 0 and '4 x 9/5, 2 at a time, float32' in lines[0]
     assert lines[1].split()[:3] == ['round', 'output', 'tok/s']
     assert [line.split()[0] for line in lines[2:]] == ['1', 'median', '3']
-    assert 'Roofline: 100.0 GB/s, 10.00 TFLOP/s (given)' in err and str(file) in err
+    assert 'Roofline: 100.0 GB/s copied, 10.00 TFLOP/s multiplied, as given.' in err and str(file) in err
     report = json.loads(file.read_text())
     assert report['output_tokens'] == 20 and report['rounds'][1] == report['median']
     assert lines[3].endswith(f'{report["bound"]["ratio"]:.1%}')
