@@ -167,8 +167,11 @@ def write(args: argparse.Namespace, screen: Screen, report: Any) -> None:
 
 
 def tell_roof(screen: Screen, roof: Roof) -> None:
-    note = 'bench_given_roof' if roof.source == 'given' else 'bench_measured_roof'
-    screen.note(note, copy=roof.copy / 1e9, peak=roof.peak / 1e12)
+    copy, peak = roof.copy / 1e9, roof.peak / 1e12
+    if roof.source == 'given':
+        screen.note('bench_given_roof', copy=copy, peak=peak)
+    else:
+        screen.note('bench_measured_roof', copy=copy, peak=peak)
 
 
 def finite(value: float) -> str:
