@@ -204,7 +204,7 @@ def _merge(out_row, sums, stats, first, last, GROUP: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
+def load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
     """``[TILE, D_P]`` from row ``at`` of a plane seen as ``[rows, D]``."""
     if TMA:
         tile = pages.load([at, 0])
@@ -260,7 +260,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
         for tile in tl.range(tile_0 + skip, tile_0 + skip + take, num_stages=STAGES):
             block = tl.load(table + tile * TILE // BLOCK)
             place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
-            k = _load_tile(k_pages, place, D, D_P, TILE, TMA)
+            k = load_tile(k_pages, place, D, D_P, TILE, TMA)
             key = tile * TILE + n
             hidden = key >= length
             if WINDOW > 0:
@@ -272,7 +272,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
             old_scale = tl.exp2(top - new)
             weight = weight * old_scale + tl.sum(e, 1)
             acc = acc * old_scale[:, None]
-            v = _load_tile(v_pages, place, D, D_P, TILE, TMA)
+            v = load_tile(v_pages, place, D, D_P, TILE, TMA)
             acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
             top = new
         out_row = out + (token.to(tl.int64) * HEADS + head) * (GROUP * D)

@@ -2,8 +2,8 @@
 
 One program takes a tile of M rows of one kv head: ``M // group`` consecutive queries times the ``group`` query heads
 that share its keys, so that a short chunk fills the tensor cores as well as a long one. It walks over the keys that
-its queries see, first those that all of them see, then, with a mask, the rest (Dao 2023, FlashAttention-2). The grid
-depends on the numbers of tokens and rows only; which row a program works for is found on the device.
+its queries see (Dao 2023, FlashAttention-2), with a mask where some of them do not see all of a tile. The grid depends
+on the numbers of tokens and rows only; which row a program works for is found on the device.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
-from lmdeploy.ops.triton.paged_attention_decode import LOG2E, TILE
+from lmdeploy.ops.triton.paged_attention_decode import LOG2E, TILE, load_tile
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
-    """Launch parameters. ``pages`` tiles of 64 keys are taken at once; ``tma``: by tensor descriptors."""
+    """Launch parameters: rows of a program's tile, warps, stages of the loop over keys; see ``DecodeConfig``."""
 
-    rows: int  # M
-    pages: int
+    rows: int
     num_warps: int
     num_stages: int
     tma: bool = True
@@ -34,8 +33,8 @@ class PrefillConfig:
 def config_of(dim: int, size: int) -> PrefillConfig:
     """The launch parameters for heads of ``dim`` channels of ``size`` bytes."""
     if size == 4:
-        return PrefillConfig(64 if dim <= 128 else 32, 1, 4, 3)
-    return PrefillConfig(64, 1, 4, 5 if dim <= 128 else 3)
+        return PrefillConfig(64 if dim <= 128 else 32, 4, 3)
+    return PrefillConfig(64, 4, 5 if dim <= 128 else 3)
 
 
 @triton.jit
@@ -55,75 +54,18 @@ def _row_of(query_start, first_row, rows, program, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _page(pages, table, tile, head, HEADS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
-          TILE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Keys or values ``[TILE, D_P]`` of one tile."""
-    block = tl.load(table + tile * TILE // BLOCK)
-    at = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
-    if TMA:
-        page = pages.load([at, 0])
-    else:
-        d = tl.arange(0, D_P)
-        place = pages + at.to(tl.int64) * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
-        if D_P == D:
-            page = tl.load(place)
-        else:
-            page = tl.load(place, mask=(d < D)[None, :], other=0.0)
-    return page
-
-
-@triton.jit
-def _hide(s, key, position, length, WINDOW: tl.constexpr):
-    """Scores of the keys that the queries see; -inf elsewhere."""
-    seen = (key[None, :] <= position[:, None]) & (key < length)[None, :]
+def _hide(s, key, position, WINDOW: tl.constexpr):
+    """Scores of the keys that the queries see; -inf elsewhere. What lies behind a row's last token is never seen."""
+    seen = key[None, :] <= position[:, None]
     if WINDOW > 0:
         seen = seen & (key[None, :] > position[:, None] - WINDOW)
     return tl.where(seen, s, float('-inf'))
 
 
 @triton.jit
-def _attend(q, acc, top, weight, k_pages, v_pages, table, head, low, high, position, length, scale,
-            HEADS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-            PAGES: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """Take the tiles low..high (a multiple of PAGES of them, some perhaps behind the last) into the running softmax."""
-    n = tl.arange(0, TILE)
-    last = (length - 1) // TILE
-    for tile in tl.range(low, high, PAGES, num_stages=STAGES):
-        k = _page(k_pages, table, tile, head, HEADS, D, D_P, BLOCK, TILE, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED:
-            s = _hide(s, tile * TILE + n, position, length, WINDOW)
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        if PAGES == 2:
-            tile_1 = tl.minimum(tile + 1, last)
-            k_1 = _page(k_pages, table, tile_1, head, HEADS, D, D_P, BLOCK, TILE, TMA)
-            s_1 = tl.dot(q, tl.trans(k_1), input_precision=PRECISION)
-            if MASKED:
-                s_1 = _hide(s_1, tile * TILE + TILE + n, position, length, WINDOW)
-            new = tl.maximum(new, tl.max(s_1, 1) * scale)
-        base = new
-        if MASKED:
-            base = tl.where(new == float('-inf'), 0.0, new)  # a query that sees none of these keys
-        old_scale = tl.exp2(top - base)
-        e = tl.exp2(s * scale - base[:, None])
-        weight = weight * old_scale + tl.sum(e, 1)
-        acc = acc * old_scale[:, None]
-        v = _page(v_pages, table, tile, head, HEADS, D, D_P, BLOCK, TILE, TMA)
-        acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
-        if PAGES == 2:
-            e_1 = tl.exp2(s_1 * scale - base[:, None])
-            weight += tl.sum(e_1, 1)
-            v_1 = _page(v_pages, table, tile_1, head, HEADS, D, D_P, BLOCK, TILE, TMA)
-            acc = tl.dot(e_1.to(v_1.dtype), v_1, acc, input_precision=PRECISION)
-        top = new
-    return acc, top, weight
-
-
-@triton.jit
 def _prefill_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, first_row, rows,
                     table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
-                    D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAGES: tl.constexpr,
+                    D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
                     WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
                     PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
@@ -152,27 +94,33 @@ def _prefill_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_sta
         acc = tl.zeros([M, D_P], tl.float32)
         top = tl.full([M], float('-inf'), tl.float32)
         weight = tl.zeros([M], tl.float32)
-        # [low, all_from): windows begin here; [all_from, all_to): seen by all queries; [all_to, high): causal
+        # the tiles [low, high) are looked at; all queries of this tile see all keys of [all_from, all_to)
         at = length - count + done
         last = tl.minimum(at + QUERIES, length)
-        STEP: tl.constexpr = TILE * PAGES
-        high = (last + STEP - 1) // STEP * PAGES
-        all_to = (at + 1) // STEP * PAGES
+        high = (last + TILE - 1) // TILE
+        all_to = (at + 1) // TILE
         low = 0
         all_from = 0
         if WINDOW > 0:
-            low = tl.maximum(at + 1 - WINDOW, 0) // STEP * PAGES
-            all_from = tl.minimum((tl.maximum(last - WINDOW, 0) + STEP - 1) // STEP * PAGES, high)
-            all_to = tl.maximum(all_to, all_from)
-            acc, top, weight = _attend(tile_q, acc, top, weight, k_pages, v_pages, table, head, low, all_from, position,
-                                       length, scale, HEADS, D, D_P, BLOCK, TILE, PAGES, WINDOW, True, STAGES, TMA,
-                                       PRECISION)  # fmt: skip
-        acc, top, weight = _attend(tile_q, acc, top, weight, k_pages, v_pages, table, head, all_from, all_to, position,
-                                   length, scale, HEADS, D, D_P, BLOCK, TILE, PAGES, WINDOW, False, STAGES, TMA,
-                                   PRECISION)  # fmt: skip
-        acc, top, weight = _attend(tile_q, acc, top, weight, k_pages, v_pages, table, head, all_to, high, position,
-                                   length, scale, HEADS, D, D_P, BLOCK, TILE, PAGES, WINDOW, True, STAGES, TMA,
-                                   PRECISION)  # fmt: skip
+            low = tl.maximum(at + 1 - WINDOW, 0) // TILE
+            all_from = (tl.maximum(last - WINDOW, 0) + TILE - 1) // TILE
+        n = tl.arange(0, TILE)
+        for tile in tl.range(low, high, num_stages=STAGES):
+            block = tl.load(table + tile * TILE // BLOCK)
+            place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
+            k = load_tile(k_pages, place, D, D_P, TILE, TMA)
+            s = tl.dot(tile_q, tl.trans(k), input_precision=PRECISION)
+            if (tile >= all_to) | (tile < all_from):
+                s = _hide(s, tile * TILE + n, position, WINDOW)
+            new = tl.maximum(top, tl.max(s, 1) * scale)
+            base = tl.where(new == float('-inf'), 0.0, new)  # a query that has seen no key yet
+            old_scale = tl.exp2(top - base)
+            e = tl.exp2(s * scale - base[:, None])
+            weight = weight * old_scale + tl.sum(e, 1)
+            acc = acc * old_scale[:, None]
+            v = load_tile(v_pages, place, D, D_P, TILE, TMA)
+            acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+            top = new
         result = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
         tl.store(out + (token.to(tl.int64) * (HEADS * GROUP * D) + column)[:, None] + d[None, :],
                  result.to(out.dtype.element_ty), mask=inside)  # fmt: skip
@@ -206,6 +154,6 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: 
     _prefill_kernel[(kv_heads, tokens // (m // group) + rows)](
         q, k, v, out, block_table, table_rows, query_start, kv_lens, first_row, rows, block_table.stride(0),
         q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group, M=m, D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        PAGES=config.pages, WINDOW=window, STAGES=config.num_stages, TMA=tma,
+        WINDOW=window, STAGES=config.num_stages, TMA=tma,
         PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -97,18 +97,18 @@ def test_decode_of_many_parts(device):
         case.check(0)
 
 
-PREFILL = [  # shape, M, pages, tma, window
-    (2, 64, 1, True, 0), (1, 16, 1, True, 50), (0, 32, 2, True, 0), (0, 32, 2, False, 70), (1, 64, 1, False, 0),
+PREFILL = [  # shape, launch parameters, window
+    (2, PrefillConfig(64, 4, 3), 0), (1, PrefillConfig(16, 4, 3), 50), (0, PrefillConfig(32, 4, 2), 0),
+    (0, PrefillConfig(32, 4, 3, tma=False), 70), (1, PrefillConfig(64, 4, 3, tma=False), 1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('shape', 'm', 'pages', 'tma', 'window'), PREFILL)
-def test_prefill(shape, m, pages, tma, window, dtype, device):
+@pytest.mark.parametrize(('shape', 'config', 'window'), PREFILL, ids=str)
+def test_prefill(shape, config, window, dtype, device):
     rows = [(1, 5), (70, 70), (1, 130), (30, 150)]
     case = Case(rows, *SHAPES[shape], dtype, device)
     prefill_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens, 1,
-                      len(rows) - 1, case.start[-1] - 1, case.out, case.scale, window,
-                      PrefillConfig(m, pages, 4, 3, tma))  # fmt: skip
+                      len(rows) - 1, case.start[-1] - 1, case.out, case.scale, window, config)
     case.check(window, first=1)
 
 

@@ -77,7 +77,7 @@ def test_prefill(tmp_path):
     binary = compiled(
         prefill._prefill_kernel,
         INDEX | VALUES | {'first_row': 'i32', 'rows': 'i32'} | dict.fromkeys(('k_pages', 'v_pages'), plane(True, 128)),
-        dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, BLOCK=64, TILE=64, PAGES=config.pages, WINDOW=0,
+        dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, BLOCK=64, TILE=64, WINDOW=0,
              STAGES=config.num_stages, TMA=True, PRECISION='tf32', PDL=True),
         num_warps=config.num_warps)  # fmt: skip
     assert fits(binary, 2, tmp_path / 'prefill.ptx')
