@@ -107,6 +107,10 @@ class Edge:
         """Whether there is a route, and the request may go there; False: it is a browser's question before a request,
         and the headers are the answer."""
         headers, context = request.scope['headers'], self.context
+        methods = self.routes.at(request.path)
+        route = methods.get(request.method)
+        for known in [route] if route is not None else methods.values():  # a wrong method: as the path's right ones
+            exchange.failure = known.failure
         middleware.check_headers(headers, context.limits, len(request.path))
         if context.check_host:
             middleware.check_host(headers)
@@ -116,10 +120,6 @@ class Edge:
             if asked is not None:
                 exchange.headers += asked
                 return False
-        methods = self.routes.at(request.path)
-        route = methods.get(request.method)
-        if route is not None:
-            exchange.failure = route.failure
         request.caller = self._authenticate(request, Access.USER if route is None else route.access)
         if not methods:
             raise HttpError('LMD-506')
@@ -174,7 +174,7 @@ class Edge:
     def _record(self, request: Request, exchange: Exchange, method: str) -> None:
         context, status = self.context, exchange.status
         context.metrics.responses[status] += 1
-        context.metrics.unknown_fields += request.unknown_fields
+        context.metrics.unknown_fields += len(request.unknown_fields)
         if request.path in PROBES:
             return
         get_logger().info('%s %s %r %d %s %.3f s', request.id, method, request.path[:200], status,

@@ -98,7 +98,7 @@ FAULTS: dict[str, Fault] = {
     'LMD-570': Fault(502, 'server_error', 'node_failed'),
     'LMD-572': Fault(503, 'server_error', 'server_busy'),
 }
-PARAMS = {'max_new_tokens': 'max_tokens', 'random_seed': 'seed', 'stop_words': 'stop', 'min_new_tokens': 'min_tokens'}
+PARAMS = {'max_new_tokens': 'max_tokens', 'random_seed': 'seed', 'stop_words': 'stop'}
 """Names of generation parameters that requests spell differently."""
 
 

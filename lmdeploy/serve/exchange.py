@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -18,6 +19,9 @@ from lmdeploy.serve.sse import Writer
 JSON: Header = (b'content-type', b'application/json')
 CLOSE: Header = (b'connection', b'close')
 SAFE: Header = (b'x-content-type-options', b'nosniff')
+PLAIN = re.compile(r'[A-Za-z0-9_.-]{1,64}')
+"""Names of fields that a header may carry."""
+MOST_NAMES = 16
 
 
 class Counts(Protocol):
@@ -32,7 +36,9 @@ class Exchange:
 
     def __init__(self, counts: Counts, request: Request, send: Send) -> None:
         self.request, self._counts, self._send = request, counts, send
-        self.headers: list[Header] = [(b'x-request-id', request.id.encode()), SAFE]
+        name = request.id.encode()
+        # OpenAI's clients read the one, Anthropic's the other.
+        self.headers: list[Header] = [(b'x-request-id', name), (b'request-id', name), SAFE]
         self.failure: Callable[[BaseException, str], Failure] = failure
         self.head_only = False
         self.status = 0  # 0: nothing was sent
@@ -44,10 +50,18 @@ class Exchange:
         """The ASGI callable for the application inside."""
         if message['type'] == 'http.response.start':
             self.status = message['status']
-            message = {**message, 'headers': [*message['headers'], *self.headers]}
+            message = {**message, 'headers': [*message['headers'], *self.headers, *self._unknown_fields()]}
         elif self.head_only and message['type'] == 'http.response.body':
             message = {**message, 'body': b''}
         await self._send(message)
+
+    def _unknown_fields(self) -> list[Header]:
+        """What was left out of the request, for its client to see."""
+        names = self.request.unknown_fields
+        if not names:
+            return []
+        shown = [name if PLAIN.fullmatch(name) else '?' for name in names[:MOST_NAMES]]
+        return [(b'x-unknown-fields', ', '.join(shown + ['...'] * (len(names) > MOST_NAMES)).encode())]
 
     async def reply(self, response: Response) -> None:
         """Send a whole response."""

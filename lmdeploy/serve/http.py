@@ -38,7 +38,7 @@ class Request(requests.Request):
         started: monotonic seconds.
         model, prompt_tokens, output_tokens, outcome: what the audit log and the metrics say of it, filled in by its
             handler.
-        unknown_fields: fields of the body that nobody knows.
+        unknown_fields: names of fields of the body that nobody knows.
     """
 
     def __init__(self, scope: Scope, receive: Receive, request_id: str, limits: Limits) -> None:
@@ -53,7 +53,7 @@ class Request(requests.Request):
         self.prompt_tokens = 0
         self.output_tokens = 0
         self.outcome = ''
-        self.unknown_fields = 0
+        self.unknown_fields: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:

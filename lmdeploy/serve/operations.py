@@ -74,13 +74,17 @@ class Operations:
             running.abort()
         return json_reply(Aborted(len(found)))
 
-    async def sleep(self) -> Response:
-        """Give the engine's memory back until ``/wakeup``; running requests are aborted."""
-        await self.context.engine.sleep()
+    async def sleep(self, request: Request) -> Response:
+        """Give the engine's memory back until ``/wakeup``; running requests are aborted. Both of LMDeploy's levels give
+        all of it back."""
+        _check_query(request, 'level', ('1', '2'))
+        if self.context.engine.health().state != 'sleeping':
+            await self.context.engine.sleep()
         return json_reply(HealthInfo('sleeping', ''))
 
-    async def wakeup(self) -> Response:
-        """Load the model again; answers when it is ready."""
+    async def wakeup(self, request: Request) -> Response:
+        """Load the model again; answers when it is ready. Whichever of LMDeploy's tags are given, all of it wakes."""
+        _check_query(request, 'tags', ('weights', 'kv_cache'))
         await self.context.engine.wakeup()
         return json_reply(HealthInfo('ready', ''))
 
@@ -93,3 +97,16 @@ class Operations:
     async def is_sleeping(self) -> Response:
         """``{"is_sleeping": bool}``."""
         return json_reply({'is_sleeping': self.context.engine.health().state == 'sleeping'})
+
+
+def _check_query(request: Request, name: str, values: tuple[str, ...]) -> None:
+    """Refuse what a query asks for beyond ``name``, which may have these values.
+
+    Raises:
+        HttpError: LMD-512, LMD-513.
+    """
+    for key, value in request.query_params.multi_items():
+        if key != name:
+            raise HttpError('LMD-513', param=key[:100], reason=f'the query may have {name}')
+        if value not in values:
+            raise HttpError('LMD-512', param=name, reason=f'it must be {" or ".join(values)}')

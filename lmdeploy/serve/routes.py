@@ -136,9 +136,9 @@ class StrictRoute(APIRoute):
         return handle
 
 
-async def _read(kind: type[Body], request: OurRequest) -> tuple[Body, int]:
-    """The body as ``kind``, and how many of its fields were unknown."""
-    def parse() -> tuple[Body, int]:
+async def _read(kind: type[Body], request: OurRequest) -> tuple[Body, tuple[str, ...]]:
+    """The body as ``kind``, and which of its fields were unknown."""
+    def parse() -> tuple[Body, tuple[str, ...]]:
         return read(kind, parse_json(request.content, request.limits))
 
     if len(request.content) <= LARGE_BODY:

@@ -321,10 +321,18 @@ def test_every_error_has_anthropic_s_shape(serve):
     failed(server.ask('POST', URL, content=b'{', headers=key | {'content-type': 'application/json'}), 400,
            'invalid_request_error', 'JSON')
     failed(server.ask('POST', URL, content=b'{}', headers=key), 415, 'invalid_request_error')
+    for path in (URL, COUNT):
+        refused = server.ask('GET', path, headers=key)
+        failed(refused, 405, 'invalid_request_error', 'POST')
+        assert refused.headers['allow'] == 'POST' and refused.headers['request-id'] == refused.headers['x-request-id']
+        failed(server.post(path, ASK, headers=key | {'x-large': 'x' * 70000}), 431, 'invalid_request_error')
     assert server.post(URL, ASK, headers={'authorization': 'Bearer token'}).status_code == 200
     limited = server.post(URL, ASK, headers=key)
     failed(limited, 429, 'rate_limit_error')
     assert int(limited.headers['retry-after']) >= 1
+    server.context.check_host = True
+    failed(server.post(URL, ASK, headers=key | {'host': 'evil.example'}), 403, 'permission_error')
+    server.context.check_host = False
     server.context.draining = True
     away = server.post(URL, ASK, headers=key)
     failed(away, 503, 'overloaded_error')

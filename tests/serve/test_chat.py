@@ -224,6 +224,16 @@ def test_too_long_a_prompt_is_itemised_and_the_boundary_is_exact(serve, stream):
     shape(server.post(URL, ask), 400, 'context_length_exceeded')
 
 
+def test_stream_options_are_for_streams(serve):
+    server = serve()
+    options = {'stream_options': {'include_usage': True}}
+    for body in (CHAT | options, {'model': MODEL, 'prompt': 'x'} | options):
+        url = URL if 'messages' in body else '/v1/completions'
+        refused = server.post(url, body)
+        assert refused.status_code == 400 and refused.json()['error']['param'] == 'stream_options'
+        assert server.post(url, body | {'stream': True}).status_code == 200
+
+
 def test_unknown_fields_are_left_out_with_one_line(serve, caplog):
     import logging
 
@@ -234,7 +244,8 @@ def test_unknown_fields_are_left_out_with_one_line(serve, caplog):
     try:
         body = CHAT | {'metadata': {'a': 'b'}, 'unknown_one': 1, 'unknown\n2': 2, 'best_of': 1, 'store': False,
                        'modalities': ['text'], 'audio': None}
-        assert server.post(URL, body).status_code == 200
+        answer = server.post(URL, body)
+        assert answer.status_code == 200 and answer.headers['x-unknown-fields'] == 'unknown_one, ?'
     finally:
         logger.removeHandler(caplog.handler)
         logger.setLevel('WARNING')

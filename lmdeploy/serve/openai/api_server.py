@@ -36,7 +36,9 @@ def create_app(context: ServerContext) -> App:
 def add_inference(routes: Routes, context: ServerContext) -> None:
     """What the model answers."""
     user = Access.USER
-    routes.add('GET', '/v1/models', Models(context), user, 'the models that are served', answer=answers.ModelList)
+    models = Models(context)
+    routes.add('GET', '/v1/models', models.all, user, 'the models that are served', answer=answers.ModelList)
+    routes.add('GET', '/v1/models/{model:path}', models.one, user, 'one of them', answer=answers.ModelCard)
     routes.add('POST', '/v1/chat/completions', Chat(context), user, 'answer a conversation',
                answer=answers.ChatCompletion)
     routes.add('POST', '/v1/completions', Completions(context), user, 'continue texts', answer=answers.Completion)

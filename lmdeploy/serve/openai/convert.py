@@ -82,6 +82,8 @@ def sampling(body: Sampling, limits: Limits, *, max_new_tokens: int | None, logp
     limits.check('max_tokens', max_new_tokens or 0, 'max_tokens')
     limits.check('logprobs', logprobs or 0, 'logprobs')
     limits.check('name_chars', body.user or '', 'user')
+    if body.stream_options is not None and not body.stream:
+        raise HttpError('LMD-512', param='stream_options', reason='it needs stream to be true')
     return GenerationConfig(
         do_sample=True,
         n=or_default(body.n, 1),

@@ -1,8 +1,8 @@
 """Bodies of requests, as types: strict, finite, and with one rule for every field.
 
 A field either acts, or is refused by :func:`read` where it asks for what this version cannot do, or is unknown: then it
-is left out, with one line in the log. Sizes are checked against :class:`lmdeploy.serve.limits.Limits` by
-:mod:`lmdeploy.serve.openai.convert`; ranges of numbers stand here.
+is left out, with one line in the log and its name in the header ``x-unknown-fields`` of the response. Sizes are checked
+against :class:`lmdeploy.serve.limits.Limits` by :mod:`lmdeploy.serve.openai.convert`; ranges of numbers stand here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
 REFUSED: Refusals = {
     'suffix': ((), 'filling in between two texts is not possible here'),
     'best_of': ((1,), 'ask for n answers and choose yourself'),
+    'min_tokens': ((0,), 'use min_new_tokens'),
+    'bad_words': (([],), 'use logit_bias'),
+    'use_beam_search': ((False,), 'answers are sampled'),
     'functions': (([],), 'use tools'),
     'function_call': ((), 'use tool_choice'),
     'modalities': ((['text'],), 'answers are text'),
@@ -88,7 +91,7 @@ class Message(Body):
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Function(Body):
@@ -276,8 +279,8 @@ class AbortRequest(Body):
 T = TypeVar('T', bound=Body)
 
 
-def read(kind: type[T], value: Any) -> tuple[T, int]:
-    """The body as ``kind``, and how many of its fields were unknown.
+def read(kind: type[T], value: Any) -> tuple[T, tuple[str, ...]]:
+    """The body as ``kind``, and which of its fields were unknown.
 
     Raises:
         HttpError: LMD-512 names the first fields that are wrong; LMD-513, a field that this version does not have.
@@ -297,7 +300,7 @@ def read(kind: type[T], value: Any) -> tuple[T, int]:
             unknown.append(name)
     if unknown:
         get_logger().info('%s: unknown fields are left out: %s', kind.__name__, ', '.join(map(repr, unknown))[:200])
-    return body, len(unknown)
+    return body, tuple(unknown)
 
 
 def _kind(value: Any) -> str:
