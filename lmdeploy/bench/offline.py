@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lmdeploy.bench.breakdown import Breakdown, breakdown
 from lmdeploy.bench.device import DeviceFacts, measure_roof
 from lmdeploy.bench.measure import Measured, run
 from lmdeploy.bench.report import Environment, Spread
@@ -98,6 +99,7 @@ class OfflineReport:
     bound: Bound
     rounds: list[Round]
     median: Round
+    breakdown: Breakdown | None = None
 
 
 class Bench:
@@ -131,14 +133,20 @@ class Bench:
         self.executor.stop()
 
     def throughput(self, load: Workload, *, rounds: int, seed: int, concurrency: int | None = None,
-                   roof: Roof | None = None) -> OfflineReport:
-        """All requests at once, or ``concurrency`` at a time."""
+                   roof: Roof | None = None, inside: bool = False) -> OfflineReport:
+        """All requests at once, or ``concurrency`` at a time; ``inside``: with a breakdown of a step."""
         at_once = min(concurrency or len(load), len(load), self.capacity.max_batch_size)
         found = self._rounds(load, rounds, seed, concurrency, gaps=False)
         cost, roof = self._cost(), roof or measure_roof(self.device, self.executor.dtype)
         bound = run_seconds(cost, roof, load.inputs, load.outputs, at_once)
         median = found[len(found) // 2]
-        return self._report('throughput', load, seed, at_once, found, cost, roof, Bound(bound, bound / median.seconds))
+        report = self._report('throughput', load, seed, at_once, found, cost, roof,
+                              Bound(bound, bound / median.seconds))
+        if inside:
+            timed, profiled = (load.requests(self.capacity.vocab_size, seed=seed + rounds + i, tag=f'inside{i}-')
+                               for i in (1, 2))
+            report.breakdown = breakdown(self.core, timed, profiled, concurrency=concurrency)
+        return report
 
     def latency(self, load: Workload, *, rounds: int, seed: int, roof: Roof | None = None) -> OfflineReport:
         """One request after another, each alone in the engine."""

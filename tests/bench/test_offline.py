@@ -43,6 +43,16 @@ def test_the_whole_session_can_be_used(bench):
     assert report.output_tokens == 12 and bench.config.session_len == 40
 
 
+def test_the_breakdown_adds_up(bench):
+    report = bench.throughput(fixed(3, 12, 8), rounds=1, seed=0, roof=ROOF, inside=True)
+    found = report.breakdown
+    assert found is not None and 0 < found.host_ms < found.step_ms and not found.graphs and found.graph_ms == 0
+    assert any(kernel.name.startswith('aten::') for kernel in found.kernels)
+    assert [kernel.us_per_step for kernel in found.kernels] == sorted(
+        (kernel.us_per_step for kernel in found.kernels), reverse=True)
+    assert bench.core.idle and bench.core.scheduler.pool.used == 0
+
+
 def test_latency(bench):
     report = bench.latency(fixed(3, 12, 6), rounds=1, seed=0, roof=ROOF)
     median = report.median

@@ -68,6 +68,13 @@ def test_without_weights_it_says_what_is_missing(bench, toy, tmp_path):
     assert code in (65, 66) and 'LMD-' in err
 
 
+def test_a_breakdown_follows_the_rounds(bench, toy):
+    code, lines, _ = bench('throughput', toy, '--num-prompts', 2, '--input-len', 4, '--output-len', 6, '--rounds', 1,
+                           '--breakdown', *ENGINE)  # fmt: skip
+    assert code == 0 and names(lines[3:6]) == ['step', 'in all', 'kernel in a decode step']
+    assert any(line.startswith('aten::') for line in lines[6:])
+
+
 def test_kernels(bench, toy, tmp_path):
     file = tmp_path / 'kernels.json'
     code, lines, _ = bench('kernels', toy, '--rows', 1, '--context', 64, '--dtype', 'float32', '--device', 'cpu',
