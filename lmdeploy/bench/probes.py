@@ -243,8 +243,8 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'rms_norm': _norm, 'add_rms_norm': _norm, 'norm_add_rms_norm': _norm, 'silu_mul': _activation,
     'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
     'rope_write_kv': _rope_write_kv, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
-    'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs, 'chunk_inputs': _chunk_inputs,
-    'keep_results': _keep_results,
+    'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
+    'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results,
 }
 AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'}  # see linears() and attention()
 
