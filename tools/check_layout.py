@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'executor': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'engine': {'executor.base'},
     'frontend': {'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl'},
-    'bench': DEVICE | {'engine', 'executor', 'models', 'runner', 'serve.fetch'},
+    'bench': DEVICE | {'engine', 'executor', 'models', 'runner', 'serve.fetch', 'serve.listener'},
     'pipe': {'frontend'},
     'serve': {'frontend', 'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl', 'hub'},
     'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},

@@ -17,6 +17,7 @@ from lmdeploy.bench.stream import Answer, ask
 from lmdeploy.bench.workload import Workload, arrivals
 from lmdeploy.errors import RequestError
 from lmdeploy.serve.fetch import Address
+from lmdeploy.serve.listener import RESERVE, descriptors
 
 PATH = '/v1/completions'
 
@@ -87,7 +88,9 @@ async def serve(target: Target, load: Workload, *, rate: float, seed: int, concu
               for request in load.requests(target.vocab_size, seed=seed)]
     for body in bodies[:warmup]:
         await ask(address, PATH, {**body, 'max_tokens': 2}, target.api_key, target.timeout)
-    free = asyncio.Semaphore(concurrency or len(bodies))
+    open_at_once = concurrency or len(bodies)
+    descriptors(open_at_once + RESERVE)
+    free = asyncio.Semaphore(open_at_once)
     begin = time.perf_counter()
 
     async def one(body: dict, due: float) -> Answer:

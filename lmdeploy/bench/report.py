@@ -103,9 +103,10 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(box=SIMPLE_HEAD)
+        table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify='right' if i >= self.names else 'left')
+            table.add_column(heading, justify='right' if i >= self.names else 'left',
+                             min_width=max(map(len, heading.split())))  # narrow screens break headings between words
         for row in self.rows:
             table.add_row(*map(Text, row))
         Console().print(table)

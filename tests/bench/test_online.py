@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import threading
 
@@ -32,6 +33,18 @@ def test_every_request_and_every_token_is_counted(serve):
     assert report.output_tokens_per_second == pytest.approx(72 / report.seconds)
     assert 2 <= report.per_token.p50 and report.first_token.p50 < report.end_to_end.p50
     assert report.end_to_end.p50 >= 12 * 2 and report.request_rate == 200.0
+
+
+def test_more_connections_than_the_shell_allows(serve):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = serve(num_blocks=2000, step_seconds=0.001)
+    with live(server) as running:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+        try:
+            report = run(Target(running.url, MODEL, VOCAB), fixed(90, 4, 2))  # each has two ends in this process
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (report.succeeded, report.errors) == (90, {})
 
 
 def test_arrivals_are_waited_for(serve):
