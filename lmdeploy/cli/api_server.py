@@ -1,7 +1,8 @@
 """``lmdeploy serve api_server``: options from the command line and a file, and the server that they describe.
 
-Every option has one value and one origin: the command line, else ``--config``, else its default. ``--print-config``
-shows all of them. This process holds no model: it answers HTTP, and the engine runs in a child process.
+Every option has one value and one origin: the command line, else ``--config``, else a variable, else its default.
+``--print-config`` shows all of them. This process holds no model: it answers HTTP, and the engine runs in a child
+process.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from lmdeploy.cli.args import (
 )
 from lmdeploy.cli.screen import Screen, printable
 from lmdeploy.config import env
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
 
 if TYPE_CHECKING:
     import socket
@@ -88,6 +91,10 @@ OPTIONS = (
     Option('--node-key', str, None, 'the key of that proxy for nodes (better: LMDEPLOY_NODE_KEY)', 'KEY'),
     Option('--node-url', str, None, 'where that proxy reaches this server (default: its own address)', 'URL'),
 )
+ENVIRONMENT: dict[str, tuple[str, Callable[[], Any]]] = {
+    'api_keys': ('LMDEPLOY_API_KEYS', env.api_keys), 'node_key': ('LMDEPLOY_NODE_KEY', env.node_key),
+    'log_level': ('LMDEPLOY_LOG_LEVEL', env.log_level)}
+"""Options that a variable gives where nothing else does."""
 HINTS = ('max_log_len', 'vision_max_batch_size', 'trust_remote_code')
 ALL_ENGINE_OPTIONS = (
     *ENGINE_OPTIONS,
@@ -126,8 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    from lmdeploy import log
     from lmdeploy.serve.lifecycle import bind
+    from lmdeploy.serve.logs import configure
 
     origins = merge(args)
     limits = _limits(args)
@@ -139,12 +146,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         return 0
     if not args.model_path:
         raise UsageError('LMD-412')
-    log.set_level(args.log_level or env.log_level() or 'WARNING')
-    if args.log_format == 'json':
-        from lmdeploy.serve.logs import JsonFormatter
-
-        for handler in log.get_logger().handlers:
-            handler.setFormatter(JsonFormatter())
+    configure(args.log_level or env.log_level() or 'WARNING', args.log_format)
     _check(args)
     for name in HINTS:
         if (name, 'default') not in {(option, origin) for option, _, origin in origins}:
@@ -182,10 +184,21 @@ def merge(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
             found.append((name, _shown(name, value), str(path)))
         elif name in defaults:
             setattr(args, name, defaults[name])
-            found.append((name, defaults[name], 'default'))
+            variable, value = ENVIRONMENT.get(name, ('', lambda: None))
+            found.append((name, _shown(name, value()), variable) if value() else (name, defaults[name], 'default'))
         else:
-            found.append((name, None, 'default'))  # an engine option: its default is that of the engine's config
+            found.append((name, _engine_default(name), 'default'))
     return found
+
+
+def _engine_default(name: str) -> Any:
+    """The value of an engine option that nobody gave: that of the config which has it."""
+    option = next((option for option in ALL_ENGINE_OPTIONS if option.dest == name), None)
+    if option is None:
+        return None
+    if option.turbomind is not None:
+        return getattr(TurbomindEngineConfig(), option.turbomind)
+    return None if option.pytorch is None else getattr(PytorchEngineConfig(), option.pytorch)
 
 
 def _shown(name: str, value: Any) -> Any:
@@ -245,14 +258,15 @@ def _check(args: argparse.Namespace) -> None:
         if not (args.node_key or env.node_key()):
             raise ConfigError('LMD-527', option='--proxy-url', value=args.proxy_url,
                               reason='the proxy takes no server without its node key; set LMDEPLOY_NODE_KEY')
-    if args.log_format not in ('text', 'json'):
-        raise ConfigError('LMD-527', option='--log-format', value=args.log_format, reason='choose text or json')
     if '*' in args.allow_origins and args.allow_credentials:
         raise ConfigError('LMD-527', option='--allow-credentials', value=True,
                           reason='with --allow-origins "*" every page could act for its reader; name the origins')
     if args.max_concurrent_requests is not None and args.max_concurrent_requests < 0:
         raise ConfigError('LMD-527', option='--max-concurrent-requests', value=args.max_concurrent_requests,
                           reason='it must be a number from 0')
+    if not 0 <= args.drain_timeout < 1e6:
+        raise ConfigError('LMD-527', option='--drain-timeout', value=args.drain_timeout,
+                          reason='it must be a number of seconds from 0')
 
 
 def _keys(args: argparse.Namespace) -> KeyRing:

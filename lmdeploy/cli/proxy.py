@@ -68,16 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    from lmdeploy import log
     from lmdeploy.errors import ConfigError
     from lmdeploy.serve.lifecycle import bind, tls_context
+    from lmdeploy.serve.logs import configure
 
-    log.set_level(args.log_level or env.log_level() or 'WARNING')
-    if args.log_format == 'json':
-        from lmdeploy.serve.logs import JsonFormatter
-
-        for handler in log.get_logger().handlers:
-            handler.setFormatter(JsonFormatter())
+    configure(args.log_level or env.log_level() or 'WARNING', args.log_format)
     if args.serving_strategy != 'Hybrid':
         raise ConfigError('LMD-527', option='--serving-strategy', value=args.serving_strategy,
                           reason='nodes that only read prompts or only write answers are not supported')

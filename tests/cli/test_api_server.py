@@ -41,7 +41,7 @@ def config(capsys, *argv: str) -> dict[str, tuple[str, str]]:
     assert main(['serve', 'api_server', *argv, '--print-config']) == 0
     found = {}
     for line in capsys.readouterr().out.splitlines():
-        name, value, origin = re.fullmatch(r'(\S+) +(.*?) {1,}(default|command line|/\S+)', line).groups()
+        name, value, origin = re.fullmatch(r'(\S+) +(.*?) {1,}(default|command line|/\S+|LMDEPLOY_\S+)', line).groups()
         found[name] = (value.strip(), origin)
     return found
 
@@ -54,6 +54,15 @@ def test_every_option_has_a_value_and_an_origin(tmp_path, capsys):
     assert found['max_batch_size'] == ('3', str(path)) and found['device'] == ("'cpu'", str(path))
     assert found['api_keys'] == ("'***'", str(path)) and found['ssl'] == ('False', 'default')
     assert config(capsys, '--config', str(path))['model_path'] == ("'m1'", str(path))
+
+
+def test_variables_are_origins_and_engine_options_show_their_defaults(monkeypatch, capsys):
+    monkeypatch.setenv('LMDEPLOY_API_KEYS', 'secret1,secret2')
+    monkeypatch.setenv('LMDEPLOY_LOG_LEVEL', 'info')
+    found = config(capsys, 'm', '--lang', 'en')
+    assert found['api_keys'] == ("'***'", 'LMDEPLOY_API_KEYS')
+    assert found['log_level'] == ("'INFO'", 'LMDEPLOY_LOG_LEVEL')
+    assert found['cache_max_entry_count'] == ('0.8', 'default') and found['role'] == ("'Hybrid'", 'default')
 
 
 @pytest.mark.parametrize(('text', 'code'), [
@@ -75,6 +84,9 @@ def test_bad_config_files(tmp_path, capsys, text, code):
     (['m', '--allow-origins', '*', '--allow-credentials'], 78, 'LMD-527'),
     (['m', '--api-keys-file', '/none'], 78, 'LMD-528'),
     (['m', '--ssl'], 78, 'LMD-503'),
+    (['m', '--log-level', 'loud'], 78, 'LMD-221'),
+    (['m', '--log-format', 'xml'], 78, 'LMD-527'),
+    (['m', '--drain-timeout', '-1'], 78, 'LMD-527'),
     (['m', '--proxy-url', 'http://x'], 78, 'LMD-527'),
     (['m', '--proxy-url', 'ftp://x', '--node-key', 'k'], 78, 'LMD-581'),
     (['m', '--server-port', '70000'], 98, 'LMD-502'),
