@@ -10,6 +10,7 @@ from lmdeploy.cli.screen import Screen
 BENCHMARKS = {
     'throughput': Command('lmdeploy.cli.bench_throughput', 'many requests through the engine, as fast as it goes'),
     'latency': Command('lmdeploy.cli.bench_latency', 'one request after another: first token, and time per token'),
+    'suite': Command('lmdeploy.cli.bench_suite', 'the workloads by which engines are compared, one after another'),
     'serve': Command('lmdeploy.cli.bench_serve', 'requests that arrive at a running server'),
     'kernels': Command('lmdeploy.cli.bench_kernels', 'every kernel of this device beside its bound'),
 }

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmdeploy.cli.args import UsageError, add_engine_arguments, engine_config
 
 if TYPE_CHECKING:
-    from lmdeploy.bench.offline import Bench, OfflineReport
+    from lmdeploy.bench.offline import Bench
     from lmdeploy.bench.roofline import Roof
     from lmdeploy.bench.workload import Workload
     from lmdeploy.cli.screen import Screen
     from lmdeploy.config.model import ModelConfig
 
+Report = TypeVar('Report')
 DATASETS = ('fixed', 'sharegpt-like')
 
 
@@ -93,8 +94,8 @@ def workload(args: argparse.Namespace) -> Workload:
     return fixed(args.num_prompts, args.input_len, args.output_len)
 
 
-def measure(args: argparse.Namespace, screen: Screen, load: Workload,
-            work: Callable[[Bench, Roof | None], OfflineReport]) -> OfflineReport:
+def measure(args: argparse.Namespace, screen: Screen, loads: Sequence[Workload],
+            work: Callable[[Bench, Roof | None], Report]) -> Report:
     """Start the engine that the arguments spell, let ``work`` measure it, and write what comes out."""
     from lmdeploy.bench import shapes
     from lmdeploy.bench.offline import Bench
@@ -111,7 +112,7 @@ def measure(args: argparse.Namespace, screen: Screen, load: Workload,
     if path is None:
         path = resolve(args.model, revision=public.revision, download_dir=public.download_dir).path
     screen.note('loading', model=args.model)
-    longest = max(given + made for given, made in zip(load.inputs, load.outputs))
+    longest = max(given + made for load in loads for given, made in zip(load.inputs, load.outputs))
     bench = Bench(engine, path, args.model, longest)
     try:
         report = work(bench, given_roof(args))

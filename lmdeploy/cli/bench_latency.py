@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     load = shared.workload(args)
-    report = shared.measure(args, screen, load,
+    report = shared.measure(args, screen, [load],
                             lambda bench, roof: bench.latency(load, rounds=args.rounds, seed=args.seed, roof=roof))
 
     from lmdeploy.bench.report import Table, shown

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     load = shared.workload(args)
-    report = shared.measure(args, screen, load, lambda bench, roof: bench.throughput(
+    report = shared.measure(args, screen, [load], lambda bench, roof: bench.throughput(
         load, rounds=args.rounds, seed=args.seed, concurrency=args.concurrency, roof=roof,
         inside=args.breakdown))
 

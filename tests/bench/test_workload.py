@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lmdeploy.bench.measure import run
+from lmdeploy.bench.suite import workloads
 from lmdeploy.bench.workload import arrivals, fixed, sharegpt_like
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor
@@ -67,3 +68,10 @@ def test_so_many_at_a_time_and_each_is_timed_from_its_own_arrival():
     assert len(measured.gaps) == 6 * 8
     assert sum(measured.first) + sum(measured.gaps) <= 2 * measured.seconds  # the time of two places, and no more
     assert run(core, fixed(2, 7, 9).requests(100)).gaps == []
+
+
+def test_the_suite_has_the_lengths_of_the_table():
+    loads = workloads(['1', '16', '256', 'sharegpt'])
+    assert [len(load) for load in loads.values()] == [1, 16, 256, 1000]
+    assert loads['1'] == fixed(1, 128, 512) and set(loads['256'].inputs + loads['256'].outputs) == {1000}
+    assert list(workloads(['256', '1'])) == ['256', '1']

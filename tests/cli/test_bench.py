@@ -68,6 +68,16 @@ def test_without_weights_it_says_what_is_missing(bench, toy, tmp_path):
     assert code in (65, 66) and 'LMD-' in err
 
 
+def test_suite(bench, toy, tmp_path):
+    file = tmp_path / 'suite.json'
+    code, lines, _ = bench('suite', toy, '--cases', '1', '16', 'sharegpt', '--scale', '0.004', '--rounds', 1,
+                           '--seed', 3, '--json', file, *ENGINE)  # fmt: skip
+    assert code == 0 and names(lines[1:]) == ['case', '1 x 1/2', '16 x 4/4', '4 x ShareGPT-like']
+    cases = json.loads(file.read_text())['cases']
+    assert [case['benchmark'] for case in cases] == ['latency', 'throughput', 'throughput']
+    assert len({case['start_seconds'] for case in cases}) == 1
+
+
 def test_a_breakdown_follows_the_rounds(bench, toy):
     code, lines, _ = bench('throughput', toy, '--num-prompts', 2, '--input-len', 4, '--output-len', 6, '--rounds', 1,
                            '--breakdown', *ENGINE)  # fmt: skip
