@@ -42,6 +42,10 @@ class Talk(Protocol):
         """Forget what was said; the system prompt and the settings stay."""
         ...
 
+    def close(self) -> None:
+        """End it; what still runs stops."""
+        ...
+
 
 @dataclass(slots=True)
 class Conversation:

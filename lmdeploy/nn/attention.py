@@ -56,6 +56,7 @@ class Attention:
         """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
         shape = self.shape
         qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        weights = (None, None) if self.qk_norms is None else tuple(norm.weight for norm in self.qk_norms)
-        out = self.backend.run(qkv, Rotation(*tables, *weights, shape.eps), layer, batch, shape.scale, shape.window)
+        q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
+        rotation = Rotation(*tables, q_weight, k_weight, shape.eps)
+        out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
         return self.o(out.view(x.shape[0], -1))
