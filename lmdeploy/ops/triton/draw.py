@@ -15,18 +15,24 @@ from lmdeploy.ops.slots import GENERATED, MOST_SEEN
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait
 
 DONE, DRAW_WHOLE, DRAW_CUT = 0, 1, 2  # what is left to do for a row
-LEVELS = 16  # distances from the best within which tokens are counted and their weights summed
+BINS = 256  # of distances from the best, in steps of 1/8; the last holds all that is farther
 SORTED, LISTED = 512, 8192  # candidates that are sorted, and that are listed at all
-_WHOLE, _LEVELS = tl.constexpr(DRAW_WHOLE), tl.constexpr(LEVELS)
+SEARCH = 8192  # elements that a step of a search reads
+_WHOLE, _BINS = tl.constexpr(DRAW_WHOLE), tl.constexpr(BINS)
 _LOWEST = tl.constexpr(-0x80000000)
 _GENERATED, _MOST_SEEN = tl.constexpr(GENERATED), tl.constexpr(MOST_SEEN)
 
 
 @triton.jit
-def levels():
-    """``[LEVELS] float32``: distances in units of the temperature, finer near the best; the last holds everything."""
-    index = tl.arange(0, _LEVELS)
-    return tl.where(index < _LEVELS - 1, 0.09 * ((index + 1) * (index + 1)).to(tl.float32), float('inf'))
+def bin_of(scaled):
+    """The bin of tokens whose logits over temperature are ``scaled`` (at most 0) above the best's."""
+    return tl.minimum(scaled * -8.0, _BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def heaviest(count):
+    """``[BINS] float64``: no less than the mass of the tokens of each bin, and less than 1.14 times as much."""
+    return count.to(tl.float64) * tl.exp(tl.arange(0, _BINS).to(tl.float32) * -0.125).to(tl.float64)
 
 
 @triton.jit
@@ -113,41 +119,48 @@ def _above(values, number, first, second, third, best, heat, TILE: tl.constexpr)
 
     A lane adds few weights, in float32; lanes are added in float64.
     """
-    count1 = tl.zeros((TILE,), tl.int32)
-    count2 = tl.zeros((TILE,), tl.int32)
-    count3 = tl.zeros((TILE,), tl.int32)
-    mass1 = tl.zeros((TILE,), tl.float32)
-    mass2 = tl.zeros((TILE,), tl.float32)
-    mass3 = tl.zeros((TILE,), tl.float32)
-    for start in tl.range(0, number, TILE, num_stages=3):
+    LANES: tl.constexpr = TILE // 4
+    count1 = tl.zeros((LANES,), tl.int32)
+    count2 = tl.zeros((LANES,), tl.int32)
+    count3 = tl.zeros((LANES,), tl.int32)
+    mass1 = tl.zeros((LANES,), tl.float32)
+    mass2 = tl.zeros((LANES,), tl.float32)
+    mass3 = tl.zeros((LANES,), tl.float32)
+    for start in range(0, number, TILE):
         at = start + tl.arange(0, TILE)
         there = at < number
         x = tl.load(values + at, mask=there, other=float('-inf'))
         key = keys(x)
         weight = tl.exp((x - best) / heat)
-        count1 += (there & (key >= first)).to(tl.int32)
-        count2 += (there & (key >= second)).to(tl.int32)
-        count3 += (there & (key >= third)).to(tl.int32)
-        mass1 += tl.where(key >= first, weight, 0.0)
-        mass2 += tl.where(key >= second, weight, 0.0)
-        mass3 += tl.where(key >= third, weight, 0.0)
+        count1 += _lanes((there & (key >= first)).to(tl.int32))
+        count2 += _lanes((there & (key >= second)).to(tl.int32))
+        count3 += _lanes((there & (key >= third)).to(tl.int32))
+        mass1 += _lanes(tl.where(key >= first, weight, 0.0))
+        mass2 += _lanes(tl.where(key >= second, weight, 0.0))
+        mass3 += _lanes(tl.where(key >= third, weight, 0.0))
     return (tl.sum(count1, 0), tl.sum(count2, 0), tl.sum(count3, 0), tl.sum(mass1.to(tl.float64), 0),
             tl.sum(mass2.to(tl.float64), 0), tl.sum(mass3.to(tl.float64), 0))  # fmt: skip
 
 
 @triton.jit
-def _border(values, number, goal, strict, by_number, sums, best, heat, TILE: tl.constexpr):
+def _lanes(x):
+    """Sums of four neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), 1)
+
+
+@triton.jit
+def _border(values, number, goal, strict, by_number, count_of, best, heat, TILE: tl.constexpr):
     """Where the ranking reaches ``goal``, a number of tokens or a mass, or passes it (``strict``).
 
-    ``sums [LEVELS]`` of what the goal is measured in tell where to look first.
+    ``count_of [BINS]`` tells where to look first.
 
     Returns:
         The largest key at which the tokens of at least this key reach the goal; count and mass above it; its weight.
     """
-    index = tl.arange(0, _LEVELS)
-    level = tl.sum(((sums < goal) | (strict & (sums == goal))).to(tl.int32), 0)
-    far = tl.min(tl.where(index >= level, levels(), float('inf')), 0)
-    near = tl.max(tl.where(index < level, levels(), 0.0), 0)
+    most = tl.cumsum(tl.where(by_number, count_of.to(tl.float64), heaviest(count_of)), 0)
+    least = most * tl.where(by_number, 1.0, 0.88)
+    near = tl.sum((most < goal).to(tl.int32), 0).to(tl.float32) * 0.125
+    far = tl.minimum(tl.sum((least <= goal).to(tl.int32), 0) + 1, _BINS).to(tl.float32) * 0.125
     # the tokens of at least ``low`` reach the goal, those above ``high`` do not
     low = tl.full((), _LOWEST, tl.int64)
     high = keys(best).to(tl.int64)
@@ -179,15 +192,15 @@ def _border(values, number, goal, strict, by_number, sums, best, heat, TILE: tl.
 @triton.jit
 def _heavy(values, number, share, best, heat, TILE: tl.constexpr):
     """Count and mass of the tokens with weights of at least ``share``."""
-    count = tl.zeros((TILE,), tl.int32)
-    mass = tl.zeros((TILE,), tl.float32)
-    for start in tl.range(0, number, TILE, num_stages=3):
+    count = tl.zeros((TILE // 4,), tl.int32)
+    mass = tl.zeros((TILE // 4,), tl.float32)
+    for start in range(0, number, TILE):
         at = start + tl.arange(0, TILE)
         x = tl.load(values + at, mask=at < number, other=float('-inf'))
         weight = tl.exp(tl.div_rn(x - best, heat))
         taken = (at < number) & (weight >= share)
-        count += taken.to(tl.int32)
-        mass += tl.where(taken, weight, 0.0)
+        count += _lanes(taken.to(tl.int32))
+        mass += _lanes(tl.where(taken, weight, 0.0))
     return tl.sum(count, 0), tl.sum(mass.to(tl.float64), 0)
 
 
@@ -197,7 +210,7 @@ def _tied(values, ids, number, listed, key, last, TILE: tl.constexpr):
     count = tl.zeros((TILE,), tl.int32)
     lowest = tl.full((TILE,), 0x7FFFFFFF, tl.int32)
     highest = tl.zeros((TILE,), tl.int32)
-    for start in tl.range(0, number, TILE, num_stages=3):
+    for start in range(0, number, TILE):
         at = start + tl.arange(0, TILE)
         x = tl.load(values + at, mask=at < number, other=float('-inf'))
         token = tl.where(listed, tl.load(ids + at, mask=(at < number) & listed, other=0), at)
@@ -209,9 +222,9 @@ def _tied(values, ids, number, listed, key, last, TILE: tl.constexpr):
 
 
 @triton.jit
-def _draw_searched(values, ids, number, listed, whole, counts, masses, best, heat, k, p, share, uniform, vocab,
+def _draw_searched(values, ids, number, listed, whole, count_of, best, heat, k, p, share, uniform, vocab,
                    TILE: tl.constexpr):  # fmt: skip
-    """``counts`` and ``masses [LEVELS]`` say where to look; ``listed``: the values are a list with their ``ids``."""
+    """``count_of [BINS]`` says where to look; ``listed``: the values are a list with their ``ids``."""
     by_number = (k > 0) & (k < vocab)
     kept = tl.where(by_number, k, vocab).to(tl.int32)  # of the best tokens
     total = whole
@@ -229,8 +242,7 @@ def _draw_searched(values, ids, number, listed, whole, counts, masses, best, hea
                     kept = heavy
                     kept_mass = heavy_mass
             goal = tl.where(stage == 0, kept.to(tl.float64), tl.where(stage == 1, p * total, _goal(uniform, kept_mass)))
-            sums = tl.where(stage == 0, counts.to(tl.float64), masses)
-            key, count, mass, weight = _border(values, number, goal, stage == 2, stage == 0, sums, best, heat, TILE)
+            key, count, mass, weight = _border(values, number, goal, stage == 2, stage == 0, count_of, best, heat, TILE)
             if stage == 0:
                 total = mass + (kept - count).to(tl.float64) * weight
                 kept_mass = total
@@ -257,9 +269,9 @@ def _draw_searched(values, ids, number, listed, whole, counts, masses, best, hea
 @triton.jit
 def draw_kernel(
     logits, slots, temperature, top_k, top_p, min_p, has_penalty, seen, last_token, tokens, state, top, uniform, masses,
-    level_counts, level_masses, candidates, values, ids, vocab, tiles,
+    counts, candidates, values, ids, vocab, tiles,
     SLOTS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SORTED: tl.constexpr,
-    LISTED: tl.constexpr, PDL: tl.constexpr,
+    LISTED: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if PDL:
@@ -282,8 +294,6 @@ def draw_kernel(
             whole = tl.sum(tl.load(masses + row * tiles + places, mask=places < tiles, other=0.0), 0)
             number = tl.load(candidates + row)
             listed = row * LISTED
-            by_count = tl.load(level_counts + row * _LEVELS + tl.arange(0, _LEVELS))
-            by_mass = tl.load(level_masses + row * _LEVELS + tl.arange(0, _LEVELS))
             if number <= SORTED:
                 token = _draw_sorted(values + listed, ids + listed, number, whole, best, heat, k, p, share, chance,
                                      vocab, SORTED)  # fmt: skip
@@ -293,8 +303,9 @@ def draw_kernel(
                 if number > LISTED:
                     of = base
                     number = vocab
-                token = _draw_searched(of, ids + listed, number, in_list, whole, by_count, by_mass, best, heat, k, p,
-                                       share, chance, vocab, TILE)  # fmt: skip
+                count_of = tl.load(counts + row * _BINS + tl.arange(0, _BINS))
+                token = _draw_searched(of, ids + listed, number, in_list, whole, count_of, best, heat, k, p, share,
+                                       chance, vocab, SEARCH)  # fmt: skip
         tl.store(tokens + row, token.to(tokens.dtype.element_ty))
         if SLOTS:
             tl.store(last_token + slot, token)

@@ -4,9 +4,9 @@ A vocabulary is cut into tiles; a row is shared out over as many programs as fil
 
 1. ``_best_kernel`` changes and penalises logits and finds the best token of every row. Greedy rows are done then, and a
    step of greedy rows only launches nothing else. What makes a row's program the last one is a counter.
-2. ``_mass_kernel`` sums the weights of every tile and, for rows with cuts, counts and sums the tokens within some
-   distances of the best.
-3. ``_gather_kernel`` lists the tokens that may survive a row's cuts: all within the distance that this tells.
+2. ``_mass_kernel`` sums the weights of every tile and, for rows with cuts, counts tokens by their distance from the
+   best, in steps of 1/8 of the logarithm.
+3. ``_gather_kernel`` lists the tokens that may survive a row's cuts: all within the distance that the counts tell.
 4. ``draw_kernel`` (:mod:`lmdeploy.ops.triton.draw`) draws from those, or from the tiles where a row cuts nothing off.
 
 Rows that have nothing to do in a kernel leave it after reading one number. A row's result does not depend on the others
@@ -28,17 +28,19 @@ from torch import Tensor
 from lmdeploy.ops.sample import draw, greedy
 from lmdeploy.ops.slots import FINE, NOT_FINITE, NOTHING_LEFT, SamplingTables, sample_slots
 from lmdeploy.ops.triton.draw import (
+    BINS,
     DONE,
     DRAW_CUT,
     DRAW_WHOLE,
-    LEVELS,
     LISTED,
+    SEARCH,
     SORTED,
+    bin_of,
     draw_kernel,
+    heaviest,
     id_of,
     key_of,
     keys,
-    levels,
     note,
     ranks,
     value_of,
@@ -52,8 +54,7 @@ _MIX2 = tl.constexpr(0x94D049BB133111EB)
 _FINE, _NOTHING_LEFT, _NOT_FINITE = tl.constexpr(FINE), tl.constexpr(NOTHING_LEFT), tl.constexpr(NOT_FINITE)
 _DONE, _WHOLE, _CUT = tl.constexpr(DONE), tl.constexpr(DRAW_WHOLE), tl.constexpr(DRAW_CUT)
 PLAIN, SLOTS, GIVEN = 0, 1, 2  # greedy rows only; parameters by slot; parameters by row, and uniform numbers
-_PLAIN, _SLOTS, _LEVELS = tl.constexpr(PLAIN), tl.constexpr(SLOTS), tl.constexpr(LEVELS)
-_CHUNK = 512  # elements that are compared with all levels at a time
+_PLAIN, _SLOTS, _BINS = tl.constexpr(PLAIN), tl.constexpr(SLOTS), tl.constexpr(BINS)
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _uniform(seed, draw_number):
 def _best_kernel(
     logits, slots, positions, temperature, top_k, top_p, min_p, repetition, presence, frequency, has_penalty,
     prompt_len, seed, change_ids, change_values, change_until, seen, last_token, tokens, status,
-    best, arrived, state, top, uniform, level_counts, level_masses, found, vocab, tiles_each, programs,
+    best, arrived, state, top, uniform, counts, found, vocab, tiles_each, programs,
     MODE: tl.constexpr, COUNTED: tl.constexpr, CHANGES: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
@@ -141,9 +142,7 @@ def _best_kernel(
             tl.store(state + row, next_state)
             tl.store(top + row, value)
             tl.store(found + row, 0)
-            level = row * _LEVELS + tl.arange(0, _LEVELS)
-            tl.store(level_counts + level, tl.zeros((_LEVELS,), tl.int32))
-            tl.store(level_masses + level, tl.zeros((_LEVELS,), tl.float64))
+            tl.store(counts + row * _BINS + tl.arange(0, _BINS), tl.zeros((_BINS,), tl.int32))
             if MODE == _SLOTS:
                 tl.store(uniform + row, _uniform(tl.load(seed + slot), draw_number))
         if next_state == 0:
@@ -157,8 +156,8 @@ def _best_kernel(
 
 @triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _mass_kernel(
-    logits, slots, temperature, state, top, masses, level_counts, level_masses, vocab, tiles, tiles_each, programs,
-    MODE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    logits, slots, temperature, state, top, masses, counts, vocab, tiles, tiles_each, programs,
+    MODE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
@@ -170,33 +169,24 @@ def _mass_kernel(
         slot = tl.load(slots + row).to(tl.int64) if MODE == _SLOTS else row
         heat = tl.load(temperature + slot)
         best = tl.load(top + row)
-        base = logits + row * vocab
+        count = tl.zeros((_BINS,), tl.int32)
         for tile in range(part * tiles_each, tl.minimum(tiles, (part + 1) * tiles_each)):
             at = tile * TILE + tl.arange(0, TILE)
-            x = tl.load(base + at, mask=at < vocab, other=float('-inf'))
-            tl.store(masses + row * tiles + tile, tl.sum(tl.exp(tl.div_rn(x - best, heat)).to(tl.float64), 0))
+            there = at < vocab
+            x = tl.load(logits + row * vocab + at, mask=there, other=float('-inf'))
+            scaled = tl.div_rn(x - best, heat)
+            tl.store(masses + row * tiles + tile, tl.sum(tl.exp(scaled).to(tl.float64), 0))
+            if kind == _CUT:
+                count += tl.histogram(bin_of(scaled), _BINS, mask=there)
         if kind == _CUT:
-            count = tl.zeros((CHUNK, _LEVELS), tl.int32)
-            mass = tl.zeros((CHUNK, _LEVELS), tl.float32)
-            level = levels()[None, :]
-            first = part * tiles_each * TILE
-            end = tl.minimum(vocab, first + tiles_each * TILE)
-            for start in tl.range(first, end, CHUNK, num_stages=3):
-                at = start + tl.arange(0, CHUNK)
-                scaled = tl.div_rn(tl.load(base + at, mask=at < end, other=float('-inf')) - best, heat)
-                inside = (-scaled[:, None] <= level) & (at < end)[:, None]
-                count += inside.to(tl.int32)
-                mass += tl.where(inside, tl.exp(scaled)[:, None], 0.0)
-            to = row * _LEVELS + tl.arange(0, _LEVELS)
-            tl.atomic_add(level_counts + to, tl.sum(count, 0), sem='relaxed')
-            tl.atomic_add(level_masses + to, tl.sum(mass.to(tl.float64), 0), sem='relaxed')
+            tl.atomic_add(counts + row * _BINS + tl.arange(0, _BINS), count, mask=count > 0, sem='relaxed')
 
 
 @triton.jit(do_not_specialize=['tiles_each', 'programs'])
 def _gather_kernel(
-    logits, slots, temperature, top_k, top_p, min_p, state, top, level_counts, level_masses, found, candidates, values,
-    ids, vocab, tiles, tiles_each, programs,
-    MODE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
+    logits, slots, temperature, top_k, top_p, min_p, state, top, masses, counts, found, candidates, values, ids, vocab,
+    tiles, tiles_each, programs,
+    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
@@ -210,28 +200,29 @@ def _gather_kernel(
         k = tl.load(top_k + slot)
         p = tl.load(top_p + slot).to(tl.float64)
         share = tl.load(min_p + slot)
-        index = tl.arange(0, _LEVELS)
-        count = tl.load(level_counts + row * _LEVELS + index)
-        mass = tl.load(level_masses + row * _LEVELS + index)
-        # the first level that holds every token that the cuts may leave
-        last = _LEVELS - 1
+        bins = tl.arange(0, _BINS)
+        count = tl.load(counts + row * _BINS + bins)
+        # the deepest bin that holds a token that the cuts may leave
+        floor = _BINS - 1
         by_number = (k > 0) & (k < vocab)
         if by_number:
-            last = tl.minimum(last, tl.sum((count < k).to(tl.int32), 0))
+            floor = tl.minimum(floor, tl.sum((tl.cumsum(count, 0) < k).to(tl.int32), 0))
         elif p < 1:
-            total = tl.sum(tl.where(index == _LEVELS - 1, mass, 0.0), 0)
-            last = tl.minimum(last, tl.sum((mass < tl.minimum(p + 1e-6, 1.0) * total).to(tl.int32), 0))
+            places = tl.arange(0, TILES)
+            mass = tl.sum(tl.load(masses + row * tiles + places, mask=places < tiles, other=0.0), 0)
+            most = heaviest(count)
+            beyond = tl.sum(most, 0) - tl.cumsum(most, 0)
+            floor = tl.minimum(floor, tl.sum((beyond > (1 - p) * mass * 0.999).to(tl.int32), 0))
         if (share > 0) & ((p == 1) | (by_number == 0)):  # with both others the mass of the k best must be known
-            last = tl.minimum(last, tl.sum((tl.exp(-levels()) >= share * 0.999).to(tl.int32), 0))
-        number = tl.sum(tl.where(index == last, count, 0), 0)
+            floor = tl.minimum(floor, (tl.minimum(-tl.log(share), 1e6) * 8).to(tl.int32) + 1)
+        number = tl.sum(tl.where(bins <= floor, count, 0), 0)
         if part == 0:
             tl.store(candidates + row, number)
         if number <= LISTED:
-            level = tl.sum(tl.where(index == last, levels(), 0.0), 0)
             for tile in range(part * tiles_each, tl.minimum(tiles, (part + 1) * tiles_each)):
                 at = tile * TILE + tl.arange(0, TILE)
                 x = tl.load(logits + row * vocab + at, mask=at < vocab, other=float('-inf'))
-                taken = ((at < vocab) & (-tl.div_rn(x - best, heat) <= level)).to(tl.int32)
+                taken = ((at < vocab) & (bin_of(tl.div_rn(x - best, heat)) <= floor)).to(tl.int32)
                 here = tl.sum(taken, 0)
                 if here > 0:
                     place = tl.atomic_add(found + row, here, sem='relaxed') + tl.cumsum(taken, 0) - taken
@@ -297,13 +288,12 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     each = triton.cdiv(tiles, max(1, min(tiles, triton.cdiv(4 * multiprocessors(device), rows))))
     programs = triton.cdiv(tiles, each)
     best, arrived = _BEST.get(device, rows), _ARRIVED.get(device, rows)
-    state = top = found = level_counts = level_masses = None
+    state = top = found = counts = None
     if mode != PLAIN:
         state, found, candidates = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
         top = torch.empty(rows, dtype=torch.float32, device=device)
         masses = torch.empty(rows, tiles, dtype=torch.float64, device=device)
-        level_counts = torch.empty(rows, LEVELS, dtype=torch.int32, device=device)
-        level_masses = torch.empty(rows, LEVELS, dtype=torch.float64, device=device)
+        counts = torch.empty(rows, BINS, dtype=torch.int32, device=device)
         values = torch.empty(rows, LISTED, dtype=torch.float32, device=device)
         ids = torch.empty(rows, LISTED, dtype=torch.int32, device=device)
         if uniform is None:
@@ -313,24 +303,24 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     _best_kernel[(rows * programs,)](
         logits, slots, positions, t.temperature, t.top_k, t.top_p, t.min_p, t.repetition, t.presence, t.frequency,
         t.has_penalty, t.prompt_len, t.seed, t.change_ids, t.change_values, t.change_until, t.seen, t.last_token,
-        tokens, status, best, arrived, state, top, uniform, level_counts, level_masses, found, vocab, each, programs,
+        tokens, status, best, arrived, state, top, uniform, counts, found, vocab, each, programs,
         MODE=mode, COUNTED=counted, CHANGES=t.change_ids.shape[-1] if mode == SLOTS else 1, TILE=tile, PDL=pdl,
         num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     if mode == PLAIN:
         return
     _mass_kernel[(rows * programs,)](
-        logits, slots, t.temperature, state, top, masses, level_counts, level_masses, vocab, tiles, each, programs,
-        MODE=mode, TILE=tile, CHUNK=min(tile, _CHUNK), PDL=pdl, num_warps=8, launch_pdl=pdl,
+        logits, slots, t.temperature, state, top, masses, counts, vocab, tiles, each, programs,
+        MODE=mode, TILE=tile, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     _gather_kernel[(rows * programs,)](
-        logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, state, top, level_counts, level_masses, found,
-        candidates, values, ids, vocab, tiles, each, programs,
-        MODE=mode, TILE=tile, LISTED=LISTED, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, state, top, masses, counts, found, candidates,
+        values, ids, vocab, tiles, each, programs,
+        MODE=mode, TILE=tile, TILES=triton.next_power_of_2(tiles), LISTED=LISTED, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     draw_kernel[(rows,)](
         logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, t.has_penalty, t.seen, t.last_token, tokens, state,
-        top, uniform, masses, level_counts, level_masses, candidates, values, ids, vocab, tiles,
+        top, uniform, masses, counts, candidates, values, ids, vocab, tiles,
         SLOTS=mode == SLOTS, COUNTED=counted, TILE=tile, TILES=triton.next_power_of_2(tiles), SORTED=SORTED,
-        LISTED=LISTED, PDL=pdl, num_warps=16, launch_pdl=pdl,
+        LISTED=LISTED, SEARCH=SEARCH, PDL=pdl, num_warps=16, launch_pdl=pdl,
     )  # fmt: skip

@@ -25,6 +25,7 @@ def small(monkeypatch):
         monkeypatch.setattr(sample, 'multiprocessors', lambda device: 2 * ROWS)
         monkeypatch.setattr(sample, 'SORTED', 128)
         monkeypatch.setattr(sample, 'LISTED', 128)
+        monkeypatch.setattr(sample, 'SEARCH', 64)
 
 
 def tables(slots: int, vocab: int, device, seed: int = 0, changes: bool = False, counted: bool = False,
