@@ -11,6 +11,7 @@ chunks have no tokens.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 
 from lmdeploy.engine.plan import OUTPUT_ALL, StepPlan, StepResult
 from lmdeploy.kv.cache import KVCache
+from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM
 from lmdeploy.ops.slots import chunk_inputs, keep_results, sample_slots
 from lmdeploy.runner.batch import ForwardBatch
@@ -88,15 +90,22 @@ class MixedGraphs:
         key = Key(self.decodes[bisect_left(self.decodes, decodes)], TOKENS[bisect_left(TOKENS, tokens)], kind)
         if key in self._given_up or key.all_tokens > self.most_tokens:
             return None
-        if key not in self._graphs:
-            staged = torch.from_numpy(self._fill(key, None, np.zeros(self._inputs.numel(), np.int32)))
-            self._inputs[: len(staged)].copy_(staged)
-            try:
-                self._graphs[key] = self.record(self._step(key))
-            except torch.OutOfMemoryError:
-                self._given_up.add(key)
-                return None
+        try:
+            self._graph(key)
+        except torch.OutOfMemoryError:
+            self._given_up.add(key)
+            return None
         return key
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the graphs of greedy steps, the largest first; the others are recorded when they first come."""
+        begin = time.perf_counter()
+        keys = [Key(decodes, tokens, Kind.GREEDY) for decodes in self.decodes for tokens in TOKENS]
+        for key in sorted(keys, key=lambda key: -key.all_tokens):
+            if key.all_tokens <= self.most_tokens:
+                self._graph(key)
+        get_logger().info('recorded %d graphs of chunks in %.1f s', len(self._graphs), time.perf_counter() - begin)
 
     def launch(self, key: Key, plan: StepPlan) -> MixedStep:
         """Launch the step of ``plan``, whose slots are open and whose blocks are appended."""
@@ -112,6 +121,13 @@ class MixedGraphs:
         decodes = leading_decodes(plan)
         places = np.concatenate([np.arange(decodes), key.decodes + np.arange(plan.rows - decodes)])
         return MixedStep(plan.step, plan.sample, places, key.rows, download)
+
+    def _graph(self, key: Key) -> None:
+        """Record the graph ``key`` if it is not there."""
+        if key not in self._graphs:
+            staged = torch.from_numpy(self._fill(key, None, np.zeros(self._inputs.numel(), np.int32)))
+            self._inputs[: len(staged)].copy_(staged)
+            self._graphs[key] = self.record(self._step(key))
 
     def _fill(self, key: Key, plan: StepPlan | None, array: np.ndarray) -> np.ndarray:
         """Write what the step of ``plan`` needs (None: of nothing) to the beginning of ``array``; returns that part.

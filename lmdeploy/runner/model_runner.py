@@ -182,6 +182,7 @@ class ModelRunner:
         parameters = weight_bytes(self.model_config, 1, packed=False)
         self.mixed = MixedGraphs(self.model, self.kv, self.slots, self.plan.max_batch_size, record,
                                  int(LAUNCH_BOUND / parameters))  # fmt: skip
+        self.mixed.capture()
 
     @contextmanager
     def _stage(self, name: str, free: int) -> Iterator[None]:
