@@ -20,16 +20,18 @@ from lmdeploy.runner.batch import ForwardBatch
 
 if TYPE_CHECKING:
     from lmdeploy.ops.triton.paged_attention_decode import DecodePlan, Workspace
+    from lmdeploy.ops.triton.paged_attention_prefill import PrefillPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_HEAD = 256
+LARGEST_HEAD, LARGEST_GROUP = 256, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A step's division of the decode rows' work, by window; empty where no row decodes."""
+    """A step's division of work: of the rows that decode, by window, and of the others."""
 
-    plans: dict[int, DecodePlan]
+    decodes: dict[int, DecodePlan]
+    prompts: PrefillPlan | None
     workspace: Workspace | None
 
 
@@ -48,27 +50,32 @@ class TritonPaged:
             reasons.append(f'no {dtype}')
         if case.head_dim > LARGEST_HEAD:
             reasons.append(f'heads of {case.head_dim} channels are larger than {LARGEST_HEAD}')
+        if case.heads // case.kv_heads > LARGEST_GROUP:
+            reasons.append(f'more than {LARGEST_GROUP} query heads to a key head')
         return reasons
 
     def prepare(self, case: AttentionCase, batch: ForwardBatch, kv: KVCache) -> Division:
-        if not batch.num_decode:
-            return Division({}, None)
         from lmdeploy.ops.triton import paged_attention_decode as decode
+        from lmdeploy.ops.triton import paged_attention_prefill as prefill
         from lmdeploy.ops.triton.launch import multiprocessors
 
-        device, group, rows = batch.device, case.heads // case.kv_heads, batch.num_decode
-        config = decode.config_of(case.head_dim, kv.layer(0).k.element_size(), rows * case.kv_heads)
-        processors = multiprocessors(device)
-        programs = config.per_sm * processors
-        key = device, group, case.head_dim
-        workspace = self._workspaces.get(key)
-        if workspace is None:
-            workspace = self._workspaces[key] = decode.make_workspace(
-                decode.MOST_PER_SM * processors, group, case.head_dim, device)
-        rows_of = batch.kv_lens[:rows], batch.query_start, batch.table_rows
-        plans = {window: decode.plan_decode(*rows_of, case.kv_heads, window, programs, config)
-                 for window in case.windows}  # fmt: skip
-        return Division(plans, workspace)
+        group, dim, size = case.heads // case.kv_heads, case.head_dim, kv.layer(0).k.element_size()
+        decoding, others = batch.num_decode, batch.num_rows - batch.num_decode
+        decodes, prompts, workspace = {}, None, None
+        if decoding:
+            processors = multiprocessors(batch.device)
+            config = decode.config_of(dim, size, decoding * case.kv_heads)
+            workspace = self._workspaces.get((batch.device, group, dim))
+            if workspace is None:
+                workspace = decode.make_workspace(decode.MOST_PER_SM * processors, group, dim, batch.device)
+                self._workspaces[batch.device, group, dim] = workspace
+            for window in case.windows:
+                decodes[window] = decode.plan_decode(batch.kv_lens[:decoding], batch.query_start, batch.table_rows,
+                                                     case.kv_heads, window, config.per_sm * processors, config)
+        if others:
+            prompts = prefill.plan_prefill(batch.query_start, batch.kv_lens, batch.table_rows, decoding, others,
+                                           batch.num_tokens - decoding, group, prefill.config_of(dim, size))
+        return Division(decodes, prompts, workspace)
 
     def run(self, qkv: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch, scale: float,
             window: int) -> Tensor:  # fmt: skip
@@ -78,12 +85,10 @@ class TritonPaged:
         q = rope_write_kv(qkv, rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight, rotation.eps, layer.k,
                           layer.v, batch.kv_slots)
         out = torch.empty_like(q)
-        division, decoding = batch.plan, batch.num_decode
-        if decoding:
+        plan: Division = batch.plan
+        if plan.workspace is not None:
             decode_attention(q, layer.k, layer.v, batch.block_table, batch.table_rows, batch.query_start,
-                             batch.kv_lens[:decoding], division.plans[window], division.workspace, out, scale, window)
-        if decoding < batch.num_rows:
-            prefill_attention(q, layer.k, layer.v, batch.block_table, batch.table_rows, batch.query_start,
-                              batch.kv_lens, decoding, batch.num_rows - decoding, batch.num_tokens - decoding, out,
-                              scale, window)
+                             batch.kv_lens, plan.decodes[window], plan.workspace, out, scale, window)
+        if plan.prompts is not None:
+            prefill_attention(q, layer.k, layer.v, batch.block_table, plan.prompts, out, scale, window)
         return out

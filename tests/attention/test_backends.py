@@ -8,6 +8,7 @@ import torch
 from lmdeploy.attention.backend import AttentionCase, Rotation, choose, explain
 from lmdeploy.attention.cpu import CPUSpans
 from lmdeploy.attention.reference import Reference
+from lmdeploy.attention.triton_paged import TritonPaged
 from lmdeploy.kv.cache import KVCache, KVShape
 from lmdeploy.ops.rope import rope_tables
 from lmdeploy.runner.batch import ForwardBatch
@@ -22,6 +23,13 @@ def test_choice():
     assert explain(torch.device('meta'), torch.float32, CASE).splitlines() == [
         'attention: cpu_spans: runs on cpu, not on meta', 'attention: triton_paged: runs on cuda, not on meta',
         'attention: reference: chosen']  # fmt: skip
+
+
+def test_what_the_gpu_backend_does_not_do():
+    device = torch.device('cuda')
+    reasons = TritonPaged().refuse(AttentionCase(heads=64, kv_heads=1, head_dim=512), device, torch.float64)
+    assert {'no torch.float64', 'heads of 512 channels are larger than 256',
+            'more than 32 query heads to a key head'} <= set(reasons)  # fmt: skip
 
 
 def batch_of(done: list[int], feed: list[int], blocks: list[list[int]], block_size: int) -> ForwardBatch:

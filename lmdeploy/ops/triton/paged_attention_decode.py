@@ -60,7 +60,7 @@ def config_of(dim: int, size: int, pairs: int) -> DecodeConfig:
             return DecodeConfig(1 if pairs < 32 else 4, 3, False)
         return DecodeConfig(2, 5, True, tma=False)
     if pairs < 128:
-        return DecodeConfig(1, 7, False)
+        return DecodeConfig(1, 5, False) if pairs < 32 else DecodeConfig(2, 5, False, least=2)
     return DecodeConfig(2, 3, True) if pairs < 512 else DecodeConfig(2, 5, True, tma=dim != 128)
 
 
@@ -130,7 +130,7 @@ def _locate(at, first, count, end, HEADS: tl.constexpr):
     return row, inside // tiles, inside % tiles, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('rows',), do_not_specialize_on_alignment=('kv_lens', 'query_start', 'table_rows'))
 def _plan_kernel(kv_lens, query_start, table_rows, stretches, merged, shares, rows, programs, HEADS: tl.constexpr,
                  WINDOW: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
                  LEAST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -218,7 +218,7 @@ def load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr,
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=('table_rows', 'query_start', 'kv_lens', 'shares'))
 def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, stretches, shares, sums,
                    stats, counts, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
                    M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -310,7 +310,7 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
                 token = tl.load(query_start + row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=('merged',))
 def _merge_kernel(out, stretches, merged, sums, stats, GROUP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
                   CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program (p, g): query head g of the (row, head) that begins in stretch p and ends in a later one, if any."""

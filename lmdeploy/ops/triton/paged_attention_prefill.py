@@ -31,26 +31,48 @@ class PrefillConfig:
 
 
 def config_of(dim: int, size: int) -> PrefillConfig:
-    """The launch parameters for heads of ``dim`` channels of ``size`` bytes."""
+    """The launch parameters for heads of ``dim`` channels of ``size`` bytes, as measured on an H200."""
     if size == 4:
         return PrefillConfig(64 if dim <= 128 else 32, 4, 3)
-    return PrefillConfig(64, 4, 5 if dim <= 128 else 3)
+    return PrefillConfig(64, 4, 5) if dim <= 128 else PrefillConfig(128, 8, 3)
 
 
-@triton.jit
-def _row_of(query_start, first_row, rows, program, QUERIES: tl.constexpr):
-    """The row whose tiles, ``(queries_i // QUERIES) + 1`` for row i, the program's number falls into."""
-    start = tl.load(query_start + first_row)
-    low = 0
-    high = rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        tiles = (tl.load(query_start + first_row + middle) - start) // QUERIES + middle
-        if tiles <= program:
-            low = middle
-        else:
-            high = middle
-    return low
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Where the programs of a step begin, on the device; all layers share it.
+
+    Attributes:
+        tiles: ``[4, N] int32``, per tile of queries: its first token, how many queries it has (none: 0 or less), the
+            first one's position, and its row of the block table.
+    """
+
+    tiles: Tensor
+    config: PrefillConfig
+
+
+@triton.jit(do_not_specialize=('first_row', 'rows', 'tiles'),
+            do_not_specialize_on_alignment=('query_start', 'kv_lens', 'table_rows'))
+def _plan_kernel(query_start, kv_lens, table_rows, out, first_row, rows, tiles, QUERIES: tl.constexpr,
+                 TILES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Row i has ``queries_i // QUERIES + 1`` tiles, the last perhaps without queries: a bound that needs no sum."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    begin = tl.load(query_start + first_row)
+    row = tl.full([TILES], -1, tl.int32)
+    for i0 in range(0, rows, ROWS):
+        i = i0 + tl.arange(0, ROWS)
+        start = (tl.load(query_start + first_row + i, mask=i < rows, other=0) - begin) // QUERIES + i
+        row += tl.sum(((start[None, :] <= tile[:, None]) & (i < rows)[None, :]).to(tl.int32), 1)
+    first = tl.load(query_start + first_row + row)
+    count = tl.load(query_start + first_row + row + 1) - first
+    done = (tile - (first - begin) // QUERIES - row) * QUERIES  # queries of the row before this tile
+    ok = tile < tiles
+    tl.store(out + tile, first + done, mask=ok)
+    tl.store(out + tiles + tile, tl.minimum(count - done, QUERIES), mask=ok)
+    tl.store(out + 2 * tiles + tile, tl.load(kv_lens + first_row + row) - count + done, mask=ok)
+    tl.store(out + 3 * tiles + tile, tl.load(table_rows + first_row + row), mask=ok)
 
 
 @triton.jit
@@ -63,30 +85,27 @@ def _hide(s, key, position, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _prefill_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, first_row, rows,
-                    table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
-                    D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                    WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+def _prefill_kernel(q, k_pages, v_pages, out, block_table, tiles, table_stride, q_stride, scale, HEADS: tl.constexpr,
+                    GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
+                    TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
                     PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    QUERIES: tl.constexpr = M // GROUP
-    program = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first: late tiles see more keys
     head = tl.program_id(0)
-    i = _row_of(query_start, first_row, rows, program, QUERIES)
-    begin = tl.load(query_start + first_row)
-    first = tl.load(query_start + first_row + i)
-    count = tl.load(query_start + first_row + i + 1) - first
-    done = (program - (first - begin) // QUERIES - i) * QUERIES  # queries of the row before this tile
-    if done < count:
-        length = tl.load(kv_lens + first_row + i)
-        table = block_table + tl.load(table_rows + first_row + i).to(tl.int64) * table_stride
+    number = tl.num_programs(1)
+    mine = tiles + number - 1 - tl.program_id(1)  # the longest first: late tiles see more keys
+    first = tl.load(mine)
+    count = tl.load(mine + number)
+    at = tl.load(mine + 2 * number)
+    table_row = tl.load(mine + 3 * number)
+    if count > 0:
+        table = block_table + table_row.to(tl.int64) * table_stride
         m = tl.arange(0, M)
         d = tl.arange(0, D_P)
-        query = done + m // GROUP
-        position = length - count + query
-        ok = (m < QUERIES * GROUP) & (query < count)
+        query = m // GROUP
+        position = at + query
+        ok = query < count
         token = first + query
         column = (head * GROUP + m % GROUP) * D
         inside = ok[:, None] & (d < D)[None, :]
@@ -95,8 +114,7 @@ def _prefill_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_sta
         top = tl.full([M], float('-inf'), tl.float32)
         weight = tl.zeros([M], tl.float32)
         # the tiles [low, high) are looked at; all queries of this tile see all keys of [all_from, all_to)
-        at = length - count + done
-        last = tl.minimum(at + QUERIES, length)
+        last = at + count
         high = (last + TILE - 1) // TILE
         all_to = (at + 1) // TILE
         low = 0
@@ -126,34 +144,47 @@ def _prefill_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_sta
                  result.to(out.dtype.element_ty), mask=inside)  # fmt: skip
 
 
-def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, table_rows: Tensor,
-                      query_start: Tensor, kv_lens: Tensor, first_row: int, rows: int, tokens: int, out: Tensor,
-                      scale: float, window: int, config: PrefillConfig | None = None) -> None:  # fmt: skip
-    """Causal attention of the rows ``first_row..first_row+rows``, whose queries are the last of their cached tokens.
+def plan_prefill(query_start: Tensor, kv_lens: Tensor, table_rows: Tensor, first_row: int, rows: int, tokens: int,
+                 group: int, config: PrefillConfig) -> PrefillPlan:  # fmt: skip
+    """Cut the rows ``first_row..first_row+rows`` into tiles, on the device.
+
+    Args:
+        query_start, kv_lens, table_rows: ``[B + 1]``, ``[B]`` and ``[B] int32``: row i's queries are the last of its
+            ``kv_lens[i]`` tokens, and its blocks are in row ``table_rows[i]`` of the block table.
+        tokens: upper bound of these rows' queries together.
+        group: query heads per key head.
+    """
+    queries, pdl = config.rows // group, supports_pdl(kv_lens.device)
+    number = tokens // queries + rows
+    tiles = torch.empty(4, number, dtype=torch.int32, device=kv_lens.device)
+    _plan_kernel[(triton.cdiv(number, 64),)](
+        query_start, kv_lens, table_rows, tiles, first_row, rows, number, QUERIES=queries, TILES=64, ROWS=64, PDL=pdl,
+        num_warps=4, launch_pdl=pdl)  # fmt: skip
+    return PrefillPlan(tiles, config)
+
+
+def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, plan: PrefillPlan, out: Tensor,
+                      scale: float, window: int) -> None:  # fmt: skip
+    """Causal attention of the rows of ``plan``.
 
     Args:
         q: ``[T, heads, D]``, contiguous but for the first dimension.
         k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
-        block_table: ``[N, W] int32``; row i's blocks are in row ``table_rows[i]``.
-        query_start, kv_lens, table_rows: ``[B + 1]``, ``[B]`` and ``[B] int32``.
-        tokens: upper bound of these rows' queries together.
+        block_table: ``[N, W] int32``.
         out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
-        config: None: that of :func:`config_of`.
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     group, padded = heads // kv_heads, triton.next_power_of_2(dim)
-    config = config or config_of(dim, q.element_size())
-    pdl = supports_pdl(q.device)
-    m = max(config.rows, triton.next_power_of_2(group))
+    config, pdl = plan.config, supports_pdl(q.device)
     k, v = k_pages, v_pages
     tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
     if tma:
         k, v = (TensorDescriptor(plane, [plane.numel() // dim, dim], [dim, 1], [TILE, padded])
                 for plane in (k_pages, v_pages))  # fmt: skip
-    _prefill_kernel[(kv_heads, tokens // (m // group) + rows)](
-        q, k, v, out, block_table, table_rows, query_start, kv_lens, first_row, rows, block_table.stride(0),
-        q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group, M=m, D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        WINDOW=window, STAGES=config.num_stages, TMA=tma,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+    _prefill_kernel[(kv_heads, plan.tiles.shape[1])](
+        q, k, v, out, block_table, plan.tiles, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
+        GROUP=group, M=config.rows, D=dim, D_P=padded, BLOCK=block_size, TILE=TILE, WINDOW=window,
+        STAGES=config.num_stages, TMA=tma, PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl,
+        num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip

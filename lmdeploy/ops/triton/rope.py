@@ -17,7 +17,7 @@ _HEADS = 8  # heads per program
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=('positions',))
 def _tables_kernel(positions, frequencies, cos, sin, factor, HALF: tl.constexpr, BLOCK: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
     if PDL:
@@ -45,7 +45,7 @@ def triton_rope_tables(positions: Tensor, frequencies: Tensor, factor: float) ->
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=('slots',))
 def _write_kernel(
     qkv, cos, sin, q_weight, k_weight, eps, q_out, k_pages, v_pages, slots, stride,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,7 +10,8 @@ import torch
 from lmdeploy.ops.paged_attention import paged_attention
 from lmdeploy.ops.triton.paged_attention_decode import DecodeConfig, decode_attention, make_workspace, plan_decode
 from lmdeploy.ops.triton.paged_attention_decode import config_of as decode_config
-from lmdeploy.ops.triton.paged_attention_prefill import PrefillConfig, prefill_attention
+from lmdeploy.ops.triton.paged_attention_prefill import PrefillConfig, plan_prefill, prefill_attention
+from lmdeploy.ops.triton.paged_attention_prefill import config_of as prefill_config
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
@@ -97,6 +98,13 @@ def test_decode_of_many_parts(device):
         case.check(0)
 
 
+def prefill(case, first, kv_heads, window, config):
+    """The rows from ``first`` on; the bound of tokens is a loose one."""
+    plan = plan_prefill(case.device_start, case.device_lens, case.rows, first, len(case.lens) - first, case.q.shape[0],
+                        case.q.shape[1] // kv_heads, config)
+    prefill_attention(case.q, case.k, case.v, case.shuffled, plan, case.out, case.scale, window)
+
+
 PREFILL = [  # shape, launch parameters, window
     (2, PrefillConfig(64, 4, 3), 0), (1, PrefillConfig(16, 4, 3), 50), (0, PrefillConfig(32, 4, 2), 0),
     (0, PrefillConfig(32, 4, 3, tma=False), 70), (1, PrefillConfig(64, 4, 3, tma=False), 1),
@@ -107,8 +115,7 @@ PREFILL = [  # shape, launch parameters, window
 def test_prefill(shape, config, window, dtype, device):
     rows = [(1, 5), (70, 70), (1, 130), (30, 150)]
     case = Case(rows, *SHAPES[shape], dtype, device)
-    prefill_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens, 1,
-                      len(rows) - 1, case.start[-1] - 1, case.out, case.scale, window, config)
+    prefill(case, 1, SHAPES[shape][1], window, config)
     case.check(window, first=1)
 
 
@@ -119,6 +126,5 @@ def test_launch_parameters_that_are_chosen(group, dim, pairs, dtype, device):
         dim //= 8
     case = Case([(1, 200), (1, 64), (1, 1), (40, 150)], group * 2, 2, dim, 64, dtype, device)
     decode(case, 2, 0, 9, decode_config(dim, case.q.element_size(), pairs), case.device_lens[:3])
-    prefill_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, case.device_lens, 3, 1, 40,
-                      case.out, case.scale, 0)  # fmt: skip
+    prefill(case, 3, 2, 0, prefill_config(dim, case.q.element_size()))
     case.check(0)

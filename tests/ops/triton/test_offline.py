@@ -76,7 +76,7 @@ def test_prefill(tmp_path):
     config = prefill.config_of(128, 2)
     binary = compiled(
         prefill._prefill_kernel,
-        INDEX | VALUES | {'first_row': 'i32', 'rows': 'i32'} | dict.fromkeys(('k_pages', 'v_pages'), plane(True, 128)),
+        VALUES | {'block_table': '*i32', 'tiles': '*i32'} | dict.fromkeys(('k_pages', 'v_pages'), plane(True, 128)),
         dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, BLOCK=64, TILE=64, WINDOW=0,
              STAGES=config.num_stages, TMA=True, PRECISION='tf32', PDL=True),
         num_warps=config.num_warps)  # fmt: skip
