@@ -18,6 +18,7 @@ from lmdeploy import texts
 from lmdeploy.errors import RequestError
 from lmdeploy.texts import AREAS, LANGUAGES, table
 from lmdeploy.texts.cli import NOTES
+from lmdeploy.texts.fragments import FRAGMENTS, PARAMS, translate
 
 PACKAGE = Path(__file__).resolve().parent.parent / 'lmdeploy'
 CODE = re.compile(r'LMD-\d{3}')
@@ -128,3 +129,52 @@ def test_threads_that_meet_the_first_error_together_all_get_its_text(monkeypatch
     with ThreadPoolExecutor(8) as pool:
         told = list(pool.map(lambda _: texts.render('LMD-315', 'en', {}), range(8)))
     assert set(told) == {texts.table()['LMD-315']['en']}
+
+
+FRAGMENT_HELPERS = {'bad': -1, '_bad': 1, 'not_json': 0, '_invalid': 1, 'too_large': 0}
+"""Functions that make an error from an English part, and where among their arguments it stands."""
+ENGLISH = re.compile(r'[A-Za-z]+ [a-z]{2,}')
+
+
+def literal(node: ast.expr) -> str | None:
+    """A text in the code, with an X for each value in it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(str(part.value) if isinstance(part, ast.Constant) else 'X' for part in node.values)
+    return None
+
+
+def fragments() -> Iterator[tuple[str, str]]:
+    """All parts of messages that errors are given as they are written in the code; those of HttpError are English."""
+    for where, call in calls():
+        function = getattr(call.func, 'id', getattr(call.func, 'attr', ''))
+        found = [keyword.value for keyword in call.keywords if keyword.arg in PARAMS]
+        if function in FRAGMENT_HELPERS and call.args:
+            found = call.args[FRAGMENT_HELPERS[function]:][:1]
+        elif not function.endswith('Error') or function == 'HttpError':
+            continue
+        yield from ((where, text) for text in map(literal, found) if text is not None)
+
+
+def test_no_chinese_message_holds_an_english_part():
+    found = list(fragments())
+    assert len(found) > 100
+    left = [(where, text) for where, text in found
+            if ENGLISH.search(translate(text).replace('token id', '')) and text != 'X of X']
+    assert not left, 'lmdeploy/texts/fragments.py lacks these'
+
+
+def test_parts_are_found_with_their_values_and_other_texts_are_left_alone():
+    assert translate('a list of token ids below 303') == '由小于 303 的 token id 组成的列表'
+    assert translate('foo is a int, not a text') == 'foo 的类型是 int，应为文本'
+    assert translate('3 messages; system 5, last message 3') == '3 条消息；系统提示 5、最后一条消息 3'
+    for text in ('', 'No such file or directory', 'system', 'a', 'what it is a list of, nobody knows', '/a text'):
+        assert translate(text) == text
+    for english, chinese in FRAGMENTS.items():
+        assert placeholders(chinese) <= placeholders(english), english
+
+
+def test_errors_tell_their_parts_in_the_language_of_the_message():
+    error = RequestError('LMD-175', index=0, reason='the conversation is empty')
+    assert '对话为空' in error.text('zh') and 'the conversation is empty' in error.text('en')

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 
+from lmdeploy.texts.fragments import PARAMS, translate
+
 LANGUAGES = ('en', 'zh')
 AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
          'cli', 'server', 'proxy', 'client', 'bench')
@@ -24,4 +26,7 @@ def table() -> dict[str, dict[str, str]]:
 def render(code: str, lang: str, params: Mapping[str, object]) -> str:
     """The text of ``code`` in ``lang`` (English where that language is missing) with its parameters filled in."""
     entry = table()[code]
+    if lang == 'zh':
+        params = {name: translate(value) if name in PARAMS and isinstance(value, str) else value
+                  for name, value in params.items()}
     return entry.get(lang, entry['en']).format(**params)
