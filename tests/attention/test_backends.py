@@ -26,9 +26,8 @@ def test_choice():
 
 
 def test_what_the_gpu_backend_does_not_do():
-    device = torch.device('cuda')
-    reasons = TritonPaged().refuse(AttentionCase(heads=64, kv_heads=1, head_dim=512), device, torch.float64)
-    assert {'no torch.float64', 'heads of 512 channels are larger than 256',
+    reasons = TritonPaged().refuse(AttentionCase(heads=64, kv_heads=1, head_dim=512), CPU, torch.float64)
+    assert {'runs on cuda, not on cpu', 'no torch.float64', 'heads of 512 channels are larger than 256',
             'more than 32 query heads to a key head'} <= set(reasons)  # fmt: skip
 
 
