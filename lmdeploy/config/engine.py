@@ -22,7 +22,7 @@ class EngineConfig:
     prefix_caching: bool = False
     quant_policy: int = 0  # KV cache bits: 0 (as the model), 8, 4
     max_step_tokens: int | None = None  # token budget of one step
-    model_format: str | None = None
+    model_format: str | None = None  # None: what config.json says | hf: not quantised | a quant_method; checked
     load_format: str = 'auto'  # auto: the model's files | dummy: random weights from config.json alone
     rope_scaling_factor: float = 0.0  # > 1: dynamic NTK by this factor
     depth: int | None = None  # launched, unretired steps: 1 synchronous, 2 overlapped

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy.config.fields import Fields, shown
+from lmdeploy.config.quantization import Quantization, read_quantization
 from lmdeploy.config.rope import MAX_POSITIONS, RopeConfig, RopeContext, read_rope
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import get_logger
@@ -76,6 +77,7 @@ class ModelConfig:
         attention_scalar: scores are scaled by its inverse square root.
         context_len: the context length that the model's authors name.
         dtype_name: what the weights were trained or stored in, ``''`` if the config does not say.
+        quantization: how linear layers are stored; None: none is quantised.
     """
 
     architecture: str
@@ -103,6 +105,7 @@ class ModelConfig:
     bos_token_id: int | None
     pad_token_id: int | None
     dtype_name: str
+    quantization: Quantization | None = None
 
     @staticmethod
     def from_dict(
@@ -120,7 +123,6 @@ class ModelConfig:
         """
         top = Fields(config)
         architecture = _architecture(top)
-        _refuse_quantised(top)
         family = FAMILIES[architecture]
         inner, path = _language_part(config)
         fields = Fields({**family.defaults, **{k: v for k, v in inner.items() if v is not None}}, path)
@@ -144,12 +146,6 @@ def _architecture(top: Fields) -> str:
     if names[0] not in FAMILIES:
         raise ConfigError('LMD-110', architecture=names[0][:80], known=', '.join(sorted(FAMILIES)))
     return names[0]
-
-
-def _refuse_quantised(top: Fields) -> None:
-    quantization = top.object('quantization_config')
-    if quantization is not None:
-        raise ConfigError('LMD-116', method=quantization.text('quant_method', 'unknown')[:80])
 
 
 def _language_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -206,6 +202,7 @@ def _read(architecture: str, family: Family, fields: Fields, top: Fields, sessio
         bos_token_id=bos[0] if bos else None,
         pad_token_id=pad[0] if pad else None,
         dtype_name=_dtype_name(fields, top),
+        quantization=read_quantization(top.values),
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lmdeploy.config.engine import EngineConfig
+from lmdeploy.config.quantization import METHODS
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
@@ -28,7 +29,7 @@ DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public d
 LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 EXECUTORS = {None: 'local', 'uni': 'local'}
 QUANT_POLICIES = {0: 0}
-MODEL_FORMATS = {None: None, 'hf': None}
+MODEL_FORMATS = {None: None, 'hf': 'hf'} | {method: method for method in METHODS}
 MAX_COUNT = 1 << 24  # no sane length, batch or block count is larger; keeps hostile numbers away from allocations
 
 

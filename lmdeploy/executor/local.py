@@ -9,6 +9,7 @@ import torch
 
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
+from lmdeploy.config.quantization import check_model_format
 from lmdeploy.engine.plan import StepPlan
 from lmdeploy.executor.base import Capacity
 from lmdeploy.runner.graphs import GraphStep, Record
@@ -16,6 +17,7 @@ from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.mixed import MixedStep
 from lmdeploy.runner.model_runner import ModelRunner
 from lmdeploy.weights.checkpoint import Checkpoint
+from lmdeploy.weights.dummy import read_config
 
 
 class LocalExecutor:
@@ -30,6 +32,7 @@ class LocalExecutor:
 
     def __init__(self, engine_config: EngineConfig, model_files_path: Path, *, model_config: ModelConfig | None = None,
                  checkpoint: Checkpoint | None = None, record: Record | None = None) -> None:
+        self._given = engine_config, model_files_path, checkpoint
         self._runner = ModelRunner(engine_config, model_files_path, model_config=model_config, checkpoint=checkpoint,
                                    record=record)
 
@@ -49,7 +52,15 @@ class LocalExecutor:
         return self._runner.dtype
 
     def start(self) -> Capacity:
-        """See :meth:`ModelRunner.start`."""
+        """See :meth:`ModelRunner.start`.
+
+        Raises:
+            ConfigError: LMD-229: the weights are not stored as ``model_format`` says.
+        """
+        engine, path, checkpoint = self._given
+        if engine.model_format is not None:
+            values = checkpoint.config if checkpoint is not None else read_config(path) if path.is_dir() else {}
+            check_model_format(engine.model_format, values)
         runner = self._runner
         runner.start()
         return Capacity(

@@ -57,6 +57,15 @@ class DecoderLayer:
         x, residual = self.mlp_norm.add(x, residual, self.attention_post_norm)
         return self.mlp(x), residual
 
+    def check(self, prefix: Prefix, names: Names) -> None:
+        """Refuse from headers alone linear layers that :meth:`load` cannot read."""
+        attention, mlp = prefix.child(names.attention), prefix.child(names.mlp)
+        packed = (names.packed_qkv,) if names.packed_qkv else names.qkv
+        self.attention.qkv.check(*(attention.child(name) for name in packed))
+        self.attention.o.check(attention.child(names.o))
+        self.mlp.gate_up.check(*(mlp.child(name) for name in names.gate_up))
+        self.mlp.down.check(mlp.child(names.down))
+
     def load(self, prefix: Prefix, names: Names) -> None:
         attention, mlp = prefix.child(names.attention), prefix.child(names.mlp)
         if names.packed_qkv:
@@ -99,27 +108,33 @@ class Decoder:
         """Pull every tensor from the checkpoint whose top is ``prefix``.
 
         Raises:
-            LoadError: LMD-132, LMD-133: a tensor is missing or has the wrong shape. The caller asks the checkpoint for
-                leftovers, see :attr:`ignore`.
+            LoadError: LMD-132, LMD-133: a tensor is missing or has the wrong shape; LMD-140 to LMD-142: a layer is
+                quantised in another way than it should be, which is told before any tensor is read. The caller asks
+                the checkpoint for leftovers, see :attr:`ignore`.
         """
         names = self.spec.names
         body = prefix.child(next((root for root in names.roots if prefix.has(root)), names.roots[0]))
+        for i, layer in enumerate(self.layers):
+            layer.check(body.child(f'{names.layers}.{i}'), names)
+        head = prefix.child(next((head for head in names.heads if prefix.has(head)), names.heads[0]))
+        if not self.config.tie_word_embeddings:
+            self.head.check(head)
         self.embedding.load(body.child(names.embedding))
         for i, layer in enumerate(self.layers):
             layer.load(body.child(f'{names.layers}.{i}'), names)
         self.norm.load(body.child(names.final_norm))
-        head = next((head for head in names.heads if prefix.has(head)), names.heads[0])
         if self.config.tie_word_embeddings:
             self.head.tie(self.embedding)
         else:
-            self.head.load(prefix.child(head))
+            self.head.load(head)
 
     @property
     def ignore(self) -> tuple[str, ...]:
         """Patterns of tensors that a checkpoint may hold and this model does not need; for ``Checkpoint.finish``."""
         names = self.spec.names
         tied = tuple(rf'^{re.escape(head)}\.' for head in names.heads) if self.config.tie_word_embeddings else ()
-        return names.ignore + tied
+        scales = (r'\.[kv]_scale$',) if self.config.quantization is not None else ()  # of a KV cache
+        return names.ignore + tied + scales
 
     @property
     def static(self) -> bool:

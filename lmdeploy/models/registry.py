@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from lmdeploy.models import gemma3, internlm2, internlm3, llama, mistral, qwen2,
 from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.spec import DecoderSpec
 from lmdeploy.nn.build import Build
+from lmdeploy.quant.policy import QuantPolicy
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
 
@@ -68,5 +70,9 @@ def decoder_spec(config: ModelConfig) -> DecoderSpec:
 
 
 def build_model(config: ModelConfig, build: Build) -> CausalLM:
-    """The model of ``config``, without weights; raises as :func:`decoder_spec`."""
-    return Decoder(decoder_spec(config), build)
+    """The model of ``config``, without weights, whose layers are stored as ``config`` says.
+
+    Raises:
+        ConfigError: as :func:`decoder_spec`.
+    """
+    return Decoder(decoder_spec(config), replace(build, policy=QuantPolicy(config.quantization)))

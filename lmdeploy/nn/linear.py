@@ -35,15 +35,28 @@ class Linear:
         self._packed: Any = None
         self._rounds = False  # what :meth:`apply_float` gives was rounded on its way
 
+    def check(self, *prefixes: Prefix) -> None:
+        """Refuse from headers alone what :meth:`load` cannot read; one prefix may hold all parts.
+
+        Raises:
+            LoadError: as :func:`check_parts`.
+        """
+        widths = self.out_features if len(prefixes) > 1 else (sum(self.out_features),)
+        check_parts(self.build, prefixes, self.in_features, widths)
+
     def load(self, *prefixes: Prefix) -> None:
         """Pull the parts, in their order, from the checkpoint.
 
         Raises:
-            LoadError: a tensor is missing or has the wrong shape.
+            LoadError: a tensor is missing or has the wrong shape; LMD-141, the parts are quantised differently.
         """
         parts = [read_bundle(self.build, prefix, self.in_features, out, self.bias)
                  for prefix, out in zip(prefixes, self.out_features, strict=True)]  # fmt: skip
-        self.set(join(parts))
+        try:
+            joined = join(parts)
+        except ValueError as error:
+            raise _mixed(prefixes, error) from None
+        self.set(joined)
 
     def set(self, bundle: LinearBundle) -> None:
         """Take a bundle as this layer's parameters; it is given to the kernel and not kept."""
@@ -77,3 +90,27 @@ def read_bundle(build: Build, prefix: Prefix, in_features: int, out_features: in
     if bias and bundle.bias is None:
         raise LoadError('LMD-132', tensor=f'{prefix.path}.bias', file=file)
     return bundle
+
+
+def check_parts(build: Build, prefixes: Sequence[Prefix], in_features: int, out_features: Sequence[int]) -> None:
+    """Check the headers of parts that become one layer: their shapes, and that they are stored in one way.
+
+    Raises:
+        LoadError: LMD-132 missing, LMD-133 wrong shape, LMD-140 wrong type, LMD-141 parts that are stored differently,
+            LMD-142 not what the configuration says.
+    """
+    first = None
+    for prefix, width in zip(prefixes, out_features, strict=True):
+        layout = build.policy.describe(prefix, build.dtype)
+        found, wanted = [layout.out_features, layout.in_features], [width, in_features]
+        if found != wanted:
+            raise LoadError('LMD-133', tensor=f'{prefix.path}.weight', file=prefix.checkpoint.path, found=found,
+                            wanted=wanted)  # fmt: skip
+        first = first or layout
+        if layout.scheme != first.scheme:
+            raise _mixed(prefixes, f'{first.scheme} beside {layout.scheme}')
+
+
+def _mixed(prefixes: Sequence[Prefix], reason: object) -> LoadError:
+    layers = ', '.join(prefix.path for prefix in prefixes)
+    return LoadError('LMD-141', layers=layers, file=prefixes[0].checkpoint.path, reason=reason)

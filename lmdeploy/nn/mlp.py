@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
-from lmdeploy.nn.linear import Linear, read_bundle
+from lmdeploy.nn.linear import Linear, check_parts, read_bundle
 from lmdeploy.parallel.split import Split
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import GatedKernel, KernelCase, choose_gated
@@ -29,6 +29,10 @@ class GatedLinear:
         self.split = Split.OUT
         self.kernel: GatedKernel | None = None
         self._packed: Any = None
+
+    def check(self, gate: Prefix, up: Prefix) -> None:
+        """Refuse from headers alone what :meth:`load` cannot read; raises as :func:`check_parts`."""
+        check_parts(self.build, (gate, up), self.in_features, (self.out_features,) * 2)
 
     def load(self, gate: Prefix, up: Prefix) -> None:
         """Pull both linears from the checkpoint.

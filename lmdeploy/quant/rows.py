@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.dequant import dequantize_bundle
+from lmdeploy.quant.scheme import dense_scheme
 
 
 def join(bundles: Sequence[LinearBundle]) -> LinearBundle:
     """One layer whose outputs are those of ``bundles``, one after the other. A missing bias beside others is zero.
+
+    Layers that sort their inputs differently have no common codes: if inputs are not quantised, they are joined dense.
 
     Raises:
         ValueError: they differ in scheme, in inputs or in what is done to them.
@@ -23,8 +27,12 @@ def join(bundles: Sequence[LinearBundle]) -> LinearBundle:
     for other in bundles[1:]:
         same = (other.scheme, other.in_features, other.input_transform) == (
             first.scheme, first.in_features, first.input_transform)  # fmt: skip
-        if not same or not _equal(first.perm, other.perm):
+        if not same or not _equal(first.input_scale, other.input_scale):
             raise ValueError(f'layers of {first.scheme} and {other.scheme} cannot be joined')
+    if any(not _equal(first.perm, other.perm) for other in bundles[1:]):
+        if first.scheme.activation or first.input_transform:
+            raise ValueError(f'layers of {first.scheme} that sort their inputs differently cannot be joined')
+        return join([_dense(bundle) for bundle in bundles])
     return replace(
         first,
         out_features=sum(b.out_features for b in bundles),
@@ -51,6 +59,11 @@ def take_outputs(bundle: LinearBundle, index: Tensor) -> LinearBundle:
         zeros=pick(bundle.zeros, 1),
         bias=pick(bundle.bias, 0),
     )
+
+
+def _dense(bundle: LinearBundle) -> LinearBundle:
+    weight = dequantize_bundle(bundle, torch.float32)
+    return LinearBundle(dense_scheme(32), bundle.out_features, bundle.in_features, weight=weight, bias=bundle.bias)
 
 
 def _rows_dim(bundle: LinearBundle) -> int:

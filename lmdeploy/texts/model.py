@@ -28,9 +28,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': 'config.json 要求 {field} = {value}，此版本不支持。支持：{known}。',
     },
     'LMD-116': {
-        'en': "the weights are quantised by '{method}', which this version does not read. Take the unquantised model, "
-              'or a GGUF file of it.',
-        'zh': "该模型权重采用 '{method}' 量化，此版本无法读取。请使用未量化的模型，或其 GGUF 文件。",
+        'en': "the weights are quantised by '{method}', which this version does not read. It reads: {known}. Take a "
+              'model that is quantised by one of these, or not at all, or a GGUF file of it.',
+        'zh': "该模型权重采用 '{method}' 量化，此版本无法读取。支持：{known}。请使用以上方式量化的模型、未量化的模型，或其 GGUF 文件。",
     },
     'LMD-117': {
         'en': 'the model configuration is a {given}, but must be an object of named fields.',

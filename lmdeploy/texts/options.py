@@ -40,4 +40,9 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': '{field} is a {given}, but must be {wanted}.',
         'zh': '{field} 的类型是 {given}，应为 {wanted}。',
     },
+    'LMD-229': {
+        'en': "model_format={value!r}, but the model's config.json says that its weights are {found!r}. Leave "
+        'model_format out: it is detected.',
+        'zh': 'model_format={value!r}，但模型的 config.json 表明其权重为 {found!r}。请不要设置 model_format：它会自动检测。',
+    },
 }

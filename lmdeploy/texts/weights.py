@@ -97,4 +97,20 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': '{file} cannot be read: {reason}. Check that it exists, that you may read it, and that its disk works.',
         'zh': '无法读取 {file}：{reason}。请检查文件是否存在、是否有读取权限以及磁盘是否正常。',
     },
+    'LMD-140': {
+        'en': 'Tensor {tensor!r} in {file} has the type {found}; the format {format} needs {wanted}. The weights and '
+        'quantization_config belong to different models, or another tool wrote a variant of the format.',
+        'zh': '{file} 中张量 {tensor!r} 的类型为 {found}，{format} 格式需要 {wanted}。权重与 quantization_config 不属于同一个模型，'
+        '或由其他工具写成了该格式的变体。',
+    },
+    'LMD-141': {
+        'en': 'The layers {layers} in {file} are multiplied as one, but are quantised differently: {reason}. Quantise '
+        'them alike, or leave all of them out.',
+        'zh': '{file} 中的层 {layers} 需合并为一层计算，但量化方式不同：{reason}。请以相同方式量化它们，或全部不量化。',
+    },
+    'LMD-142': {
+        'en': 'The layer {layer} in {file} is not stored as quantization_config says ({format}): {reason}. The weights '
+        'and the configuration belong to different models.',
+        'zh': '{file} 中的层 {layer} 与 quantization_config 所述的存储方式（{format}）不符：{reason}。权重与配置不属于同一个模型。',
+    },
 }

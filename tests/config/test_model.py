@@ -123,7 +123,7 @@ def test_context_length_is_the_smallest_that_is_named(config, length):
     ({'hidden_act': 'relu'}, 'LMD-115'),
     ({'final_logit_softcapping': 30.0}, 'LMD-115'),
     ({'torch_dtype': 'float64'}, 'LMD-115'),
-    ({'quantization_config': {'quant_method': 'awq'}}, 'LMD-116'),
+    ({'quantization_config': {'quant_method': 'exl3'}}, 'LMD-116'),
     ({'rms_norm_eps': float('nan')}, 'LMD-113'),
     ({'rope_theta': float('inf')}, 'LMD-113'),
 ])  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.formats.base import Layout, load_bias, with_bias
 from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 from lmdeploy.weights.dequant import BLOCK_SIZES, BLOCK_TYPES, dequantize
@@ -41,23 +42,28 @@ class GGUFFormat:
     def detect(self, tensors: list[str]) -> bool:
         return any(name.upper() in BLOCK_TYPES for name in tensors)
 
+    def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
+        name = self._tensor(prefix)
+        if name == 'weight':
+            return Layout(SCHEMES[prefix.dtype_name(name)], *prefix.shape(name))
+        elements, nbytes = BLOCK_SIZES[name.upper()]
+        out_features, row_bytes = prefix.shape(name)
+        return Layout(SCHEMES[name.upper()], out_features, row_bytes // nbytes * elements)
+
     def load(self, prefix: Prefix, dtype: torch.dtype) -> LinearBundle:
         """As in the protocol. The blocks must be those of a layer for which :func:`holds_blocks` or detect is true."""
-        name = next((name for name in prefix.tensors() if name.upper() in BLOCK_TYPES), 'weight')
-        raw = prefix.raw(name)
-        kind = raw.dtype_name if name == 'weight' else name.upper()
-        elements, nbytes = BLOCK_SIZES[kind]
-        out_features, row_bytes = raw.data.shape
-        bias = prefix.get('bias', (out_features,), dtype) if prefix.has('bias') else None
-        return LinearBundle(SCHEMES[kind], out_features, row_bytes // nbytes * elements, codes=raw.data, bias=bias)
+        layout = self.describe(prefix, dtype)
+        data = prefix.raw(self._tensor(prefix)).data
+        return LinearBundle(layout.scheme, layout.out_features, layout.in_features, codes=data,
+                            bias=load_bias(prefix, layout.out_features, dtype))  # fmt: skip
 
     def save(self, bundle: LinearBundle) -> dict[str, Tensor]:
-        tensors = {bundle.scheme.name.lower(): bundle.stored}
-        if bundle.bias is not None:
-            tensors['bias'] = bundle.bias
-        return tensors
+        return with_bias({bundle.scheme.name.lower(): bundle.stored}, bundle)
 
     def dequant(self, bundle: LinearBundle) -> Tensor:
         """``[out, in] float32``, or in the type of the bias if there is one."""
         dtype = torch.float32 if bundle.bias is None else bundle.bias.dtype
         return dequantize(bundle.stored, bundle.scheme.name, dtype)
+
+    def _tensor(self, prefix: Prefix) -> str:
+        return next((name for name in prefix.tensors() if name.upper() in BLOCK_TYPES), 'weight')

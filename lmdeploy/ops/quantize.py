@@ -1,0 +1,49 @@
+"""Quantising a layer's inputs: codes and scales of every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmdeploy.ops.table import op
+
+INT8_EPS = 1e-7  # the smallest magnitude that a token's largest counts as
+FLOAT8_FLOOR = 1 / 512  # of float8: the same, in units of the largest code
+LARGEST = {'int8': 127.0, 'float8_e4m3fn': 448.0, 'float8_e5m2': 57344.0}
+TYPES = {'int8': torch.int8, 'float8_e4m3fn': torch.float8_e4m3fn, 'float8_e5m2': torch.float8_e5m2}
+
+
+@op
+def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes of every token, with a scale of its own: ``x = codes * scales`` about.
+
+    The largest magnitude of a token (or of each group of its channels) becomes the largest code: 127 of int8, 448 or
+    57344 of float8. Codes are rounded to the nearest, ties to even; all of it is done in float32.
+
+    Args:
+        x: ``[T, in]``. kind: a key of LARGEST. group: channels that share a scale, the last may be fewer; 0: all.
+
+    Returns:
+        codes ``[T, in]`` of the type named by kind, scales ``[T, groups] float32``.
+    """
+    tokens, channels = x.shape
+    group = group or channels
+    groups = -(-channels // group)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * group - channels)).view(tokens, groups, group)
+    largest = LARGEST[kind]
+    least = INT8_EPS if kind == 'int8' else FLOAT8_FLOOR
+    scales = padded.abs().amax(-1).clamp_(min=least) / largest
+    scaled = (padded / scales.unsqueeze(-1)).view(tokens, -1)[:, :channels]
+    return _codes(scaled, kind), scales
+
+
+@op
+def quantize_static(x: Tensor, kind: str, scale: Tensor) -> Tensor:
+    """As :func:`quantize_tokens`, with one given ``scale []`` for all: codes ``[T, in]``; what is too large is cut."""
+    return _codes(x.float() / scale.float(), kind)
+
+
+def _codes(scaled: Tensor, kind: str) -> Tensor:
+    limit = LARGEST[kind]
+    scaled = scaled.round() if kind == 'int8' else scaled
+    return scaled.clamp(-limit, limit).to(TYPES[kind])  # float8 has no infinity: beyond its largest is NaN
