@@ -19,7 +19,7 @@ BINS = 256  # of distances from the best, in steps of 1/8; the last holds all th
 SORTED, LISTED = 512, 8192  # candidates that are sorted, and that are listed at all
 SEARCH = 8192  # elements that a step of a search reads
 _WHOLE, _BINS = tl.constexpr(DRAW_WHOLE), tl.constexpr(BINS)
-_LOWEST = tl.constexpr(-0x80000000)
+_LOWEST = tl.constexpr(-2139095041)  # the key of -inf
 _GENERATED, _MOST_SEEN = tl.constexpr(GENERATED), tl.constexpr(MOST_SEEN)
 
 
@@ -114,32 +114,36 @@ def _draw_sorted(values, ids, number, whole, best, heat, k, p, share, uniform, v
 
 
 @triton.jit
-def _above(values, number, first, second, third, best, heat, TILE: tl.constexpr):
-    """How many of ``number`` values have at least each of three keys, and their masses.
+def _above(values, number, first, second, third, by_number, best, heat, TILE: tl.constexpr):
+    """How many of ``number`` values are at least each of three (``by_number``), or their masses, as float64.
 
     A lane adds few weights, in float32; lanes are added in float64.
     """
-    LANES: tl.constexpr = TILE // 4
-    count1 = tl.zeros((LANES,), tl.int32)
-    count2 = tl.zeros((LANES,), tl.int32)
-    count3 = tl.zeros((LANES,), tl.int32)
-    mass1 = tl.zeros((LANES,), tl.float32)
-    mass2 = tl.zeros((LANES,), tl.float32)
-    mass3 = tl.zeros((LANES,), tl.float32)
+    sum1 = tl.zeros((TILE // 4,), tl.float32)
+    sum2 = tl.zeros((TILE // 4,), tl.float32)
+    sum3 = tl.zeros((TILE // 4,), tl.float32)
+    cold = 1.0 / heat
     for start in range(0, number, TILE):
         at = start + tl.arange(0, TILE)
-        there = at < number
-        x = tl.load(values + at, mask=there, other=float('-inf'))
-        key = keys(x)
-        weight = tl.exp((x - best) / heat)
-        count1 += _lanes((there & (key >= first)).to(tl.int32))
-        count2 += _lanes((there & (key >= second)).to(tl.int32))
-        count3 += _lanes((there & (key >= third)).to(tl.int32))
-        mass1 += _lanes(tl.where(key >= first, weight, 0.0))
-        mass2 += _lanes(tl.where(key >= second, weight, 0.0))
-        mass3 += _lanes(tl.where(key >= third, weight, 0.0))
-    return (tl.sum(count1, 0), tl.sum(count2, 0), tl.sum(count3, 0), tl.sum(mass1.to(tl.float64), 0),
-            tl.sum(mass2.to(tl.float64), 0), tl.sum(mass3.to(tl.float64), 0))  # fmt: skip
+        x = tl.load(values + at, mask=at < number, other=float('nan'))
+        weight = tl.where(by_number, 1.0, tl.exp((x - best) * cold))
+        sum1 += _lanes(tl.where(x >= first, weight, 0.0))
+        sum2 += _lanes(tl.where(x >= second, weight, 0.0))
+        sum3 += _lanes(tl.where(x >= third, weight, 0.0))
+    return tl.sum(sum1.to(tl.float64), 0), tl.sum(sum2.to(tl.float64), 0), tl.sum(sum3.to(tl.float64), 0)
+
+
+@triton.jit
+def _beyond(values, number, value, best, heat, TILE: tl.constexpr):
+    """Count and mass of what is above ``value``."""
+    count = tl.zeros((TILE // 4,), tl.int32)
+    mass = tl.zeros((TILE // 4,), tl.float32)
+    for start in range(0, number, TILE):
+        at = start + tl.arange(0, TILE)
+        x = tl.load(values + at, mask=at < number, other=float('-inf'))
+        count += _lanes((x > value).to(tl.int32))
+        mass += _lanes(tl.where(x > value, tl.exp(tl.div_rn(x - best, heat)), 0.0))
+    return tl.sum(count, 0), tl.sum(mass.to(tl.float64), 0)
 
 
 @triton.jit
@@ -155,7 +159,7 @@ def _border(values, number, goal, strict, by_number, count_of, best, heat, TILE:
     ``count_of [BINS]`` tells where to look first.
 
     Returns:
-        The largest key at which the tokens of at least this key reach the goal; count and mass above it; its weight.
+        The largest logit at which the tokens of at least this reach the goal; count and mass above it; its weight.
     """
     most = tl.cumsum(tl.where(by_number, count_of.to(tl.float64), heaviest(count_of)), 0)
     least = most * tl.where(by_number, 1.0, 0.88)
@@ -164,29 +168,24 @@ def _border(values, number, goal, strict, by_number, count_of, best, heat, TILE:
     # the tokens of at least ``low`` reach the goal, those above ``high`` do not
     low = tl.full((), _LOWEST, tl.int64)
     high = keys(best).to(tl.int64)
-    count = tl.full((), 0, tl.int32)  # above ``high``
-    mass = tl.full((), 0.0, tl.float64)
     first = tl.minimum(tl.maximum(keys(best - far * heat).to(tl.int64) - 64, low + 1), high)
     third = tl.minimum(tl.maximum(keys(best - near * heat).to(tl.int64) + 64, low + 1), high)
     second = third
     while low < high:
-        c1, c2, c3, m1, m2, m3 = _above(values, number, first, second, third, best, heat, TILE)
-        s1 = tl.where(by_number, c1.to(tl.float64), m1)
-        s2 = tl.where(by_number, c2.to(tl.float64), m2)
-        s3 = tl.where(by_number, c3.to(tl.float64), m3)
+        s1, s2, s3 = _above(values, number, value_of(first.to(tl.int32)), value_of(second.to(tl.int32)),
+                            value_of(third.to(tl.int32)), by_number, best, heat, TILE)  # fmt: skip
         at1 = (s1 > goal) | ((s1 == goal) & (strict == 0))
         at2 = (s2 > goal) | ((s2 == goal) & (strict == 0))
         at3 = (s3 > goal) | ((s3 == goal) & (strict == 0))
         low = tl.where(at3, third, tl.where(at2, second, tl.where(at1, first, low)))
         high = tl.where(at3, high, tl.where(at2, third, tl.where(at1, second, first)) - 1)
-        count = tl.where(at3, count, tl.where(at2, c3, tl.where(at1, c2, c1)))
-        mass = tl.where(at3, mass, tl.where(at2, m3, tl.where(at1, m2, m1)))
         span = high - low
         first = low + (span + 3) // 4
         second = low + (span + 1) // 2
         third = high - span // 4
-    weight = tl.exp((value_of(low.to(tl.int32)) - best) / heat)
-    return low, count, mass, weight.to(tl.float64)
+    value = value_of(low.to(tl.int32))
+    count, mass = _beyond(values, number, value, best, heat, TILE)
+    return value, count, mass, tl.exp(tl.div_rn(value - best, heat)).to(tl.float64)
 
 
 @triton.jit
@@ -205,8 +204,8 @@ def _heavy(values, number, share, best, heat, TILE: tl.constexpr):
 
 
 @triton.jit
-def _tied(values, ids, number, listed, key, last, TILE: tl.constexpr):
-    """Of the tokens with this key and ids up to ``last``: how many, the lowest id, the highest."""
+def _tied(values, ids, number, listed, value, last, TILE: tl.constexpr):
+    """Of the tokens with this logit and ids up to ``last``: how many, the lowest id, the highest."""
     count = tl.zeros((TILE,), tl.int32)
     lowest = tl.full((TILE,), 0x7FFFFFFF, tl.int32)
     highest = tl.zeros((TILE,), tl.int32)
@@ -214,7 +213,7 @@ def _tied(values, ids, number, listed, key, last, TILE: tl.constexpr):
         at = start + tl.arange(0, TILE)
         x = tl.load(values + at, mask=at < number, other=float('-inf'))
         token = tl.where(listed, tl.load(ids + at, mask=(at < number) & listed, other=0), at)
-        same = (at < number) & (keys(x) == key) & (token <= last)
+        same = (at < number) & (x == value) & (token <= last)
         count += same.to(tl.int32)
         lowest = tl.where(same, tl.minimum(lowest, token), lowest)
         highest = tl.where(same, tl.maximum(highest, token), highest)
@@ -229,7 +228,7 @@ def _draw_searched(values, ids, number, listed, whole, count_of, best, heat, k, 
     kept = tl.where(by_number, k, vocab).to(tl.int32)  # of the best tokens
     total = whole
     kept_mass = whole
-    key = tl.full((), 0, tl.int64)
+    value = best
     count = tl.full((), 0, tl.int32)
     goal = total
     mass = total
@@ -242,22 +241,25 @@ def _draw_searched(values, ids, number, listed, whole, count_of, best, heat, k, 
                     kept = heavy
                     kept_mass = heavy_mass
             goal = tl.where(stage == 0, kept.to(tl.float64), tl.where(stage == 1, p * total, _goal(uniform, kept_mass)))
-            key, count, mass, weight = _border(values, number, goal, stage == 2, stage == 0, count_of, best, heat, TILE)
+            value, count, mass, weight = _border(values, number, goal, stage == 2, stage == 0, count_of, best, heat,
+                                                 TILE)  # fmt: skip
             if stage == 0:
                 total = mass + (kept - count).to(tl.float64) * weight
                 kept_mass = total
             elif stage == 1:
-                more = tl.maximum(tl.ceil((goal - mass) / weight), 1.0)
+                more = tl.ceil((goal - mass) / tl.maximum(weight, 1e-300))
+                more = tl.minimum(tl.maximum(more, 1.0), vocab * 1.0)
                 if count + more.to(tl.int32) < kept:
                     kept = count + more.to(tl.int32)
                     kept_mass = mass + more * weight
-    ordinal = tl.minimum(tl.maximum(tl.floor((goal - mass) / weight), 0.0).to(tl.int32), kept - 1 - count)
+    ordinal = tl.maximum(tl.floor((goal - mass) / tl.maximum(weight, 1e-300)), 0.0)
+    ordinal = tl.minimum(ordinal, (kept - 1 - count).to(tl.float64)).to(tl.int32)
     # equal logits: halve the range of ids
     lowest = tl.full((), 0, tl.int32)
     highest = vocab - 1
     middle = highest
     while lowest < highest:
-        upto, least, most = _tied(values, ids, number, listed, key.to(tl.int32), middle, TILE)
+        upto, least, most = _tied(values, ids, number, listed, value, middle, TILE)
         ordinal = tl.where(middle == vocab - 1, tl.minimum(ordinal, upto - 1), ordinal)  # rounding
         passed = upto > ordinal
         lowest = tl.where(passed, tl.maximum(lowest, least), middle + 1)
