@@ -1,7 +1,7 @@
 """Writers of every format in plain Python integers and loops, straight from the definitions, for tests.
 
 A :class:`Codes` is a quantised weight ``W [in, out] = (codes - zeros) * scales`` with codes and zero points from 0.
-A :class:`Codes` is a quantised weight ``W [in, out] = (codes - zeros) * scales`` with codes and zero points from 0.
+"""
 
 from __future__ import annotations
 
