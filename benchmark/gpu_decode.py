@@ -13,6 +13,7 @@ import cProfile
 import pstats
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 from lmdeploy.api import start_line
@@ -105,6 +106,11 @@ def main() -> None:
     args = parser.parse_args()
     set_level('INFO')
     executor, core = build(args)
+    compiled: list[str] = []
+    if core.scheduler.capacity.device != 'cpu':
+        from triton import knobs
+
+        knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
     vocab_size = core.scheduler.capacity.vocab_size
     begin = time.perf_counter()
     run(core, CASES['warm'].requests(vocab_size, tag='warm'))
@@ -114,6 +120,9 @@ def main() -> None:
         executor.call('time_graphs', True)
         measured = run(core, load.requests(vocab_size, tag=f'{turn}.{name}.'))
         report(load, measured, executor.call('time_graphs', False)[0])
+        if compiled:
+            print(f'    compiled meanwhile: {Counter(compiled)}', flush=True)
+            compiled.clear()
         if args.kernels:
             kernels(core, load, vocab_size)
     if args.profile:

@@ -44,7 +44,7 @@ from lmdeploy.runner.memory import (
     weight_bytes,
 )
 from lmdeploy.runner.mixed import MixedGraphs, MixedStep
-from lmdeploy.runner.profile import peak_bytes
+from lmdeploy.runner.profile import idle_plans, peak_bytes
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
 from lmdeploy.runner.tables import send
@@ -115,6 +115,9 @@ class ModelRunner:
             self.kv = KVCache(self.model.kv_shape, self.plan.num_blocks, self.engine.block_size, self.dtype,
                               self.device)  # fmt: skip
         self.sampler = Sampler(self.slots)
+        if with_tables:
+            with self._stage('all kinds of steps', free):
+                self._warm_up()
         if self.engine.runner == 'graph':
             with self._stage('graphs', free):
                 self._record_graphs()
@@ -167,6 +170,17 @@ class ModelRunner:
         return [] if self.graphs is None else self.graphs.time(on)
 
     # -- starting ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run every kind of step once, greedy and not, so that nothing is compiled while requests wait."""
+        scratch = self.slots.size
+        for plan in idle_plans(self.plan, scratch):
+            for greedy in (True, False):
+                self.slots.plain[scratch] = greedy
+                batch, outputs = inputs.build(plan, self.slots)
+                self._step(plan, batch, outputs).result()
+        self.slots.plain[scratch] = True
 
     def _record_graphs(self) -> None:
         """Graphs where the device has them and the model can be recorded."""

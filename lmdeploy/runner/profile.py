@@ -1,9 +1,14 @@
-"""What the largest step takes: run once on nothing, before the memory that is left is given to the KV cache."""
+"""Steps of nothing at the start: what the largest one takes, before the KV cache is given the memory that is left, and
+all kinds of them, so that nothing is compiled while requests wait."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
+from lmdeploy.engine.plan import OUTPUT_LAST, StepPlan
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.models.registry import CausalLM
 from lmdeploy.ops.slots import sample_slots
@@ -61,3 +66,37 @@ def largest_step(model: CausalLM, kv: KVCache, slots: SlotTable, plan: MemoryPla
     drawn = hidden[torch.zeros(rows, dtype=torch.int64, device=device)]
     scratch = torch.full((rows,), slots.tables.size, dtype=torch.int32, device=device)
     sample_slots(model.logits(drawn), scratch, torch.zeros_like(scratch), slots.tables.sampling, False)
+
+
+def idle_plan(scratch: int, decodes: int, chunks: tuple[int, ...]) -> StepPlan:
+    """A step of so many decodes and of chunks of these lengths, all of them in the scratch slot, that draws."""
+    lengths = np.array([1] * decodes + list(chunks))
+    rows, start = len(lengths), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return StepPlan(
+        step=0,
+        slots=np.full(rows, scratch, np.int32),
+        starts=np.zeros(rows, np.int32),
+        query_start=start,
+        tokens=np.zeros(start[-1], np.int32),
+        block_start=np.zeros(rows + 1, np.int32),
+        blocks=np.zeros(0, np.int32),
+        outputs=np.full(rows, OUTPUT_LAST, np.uint8),
+        sample=np.ones(rows, bool),
+        drafts=np.zeros(rows, np.int32),
+    )
+
+
+def idle_plans(plan: MemoryPlan, scratch: int) -> Iterator[StepPlan]:
+    """Steps that together need every kernel that a step without a graph may need, in all their variants.
+
+    Which one runs depends on how many tokens there are, on how long a chunk is, and on whether there are decodes.
+    """
+    most = min(plan.max_step_tokens, plan.session_len)
+    for decodes in (0, 1, min(20, plan.max_batch_size - 1), plan.max_batch_size - 1):
+        for length in (2, 17, 40, 100, 200, 400, 900, 2000, most):
+            if 0 < length <= most and decodes + length <= plan.max_step_tokens:
+                yield idle_plan(scratch, decodes, (length,))
+    for decodes in (1, 3):
+        yield idle_plan(scratch, decodes, ())
+    several = min(20, plan.max_batch_size)
+    yield idle_plan(scratch, 0, (max(1, min(most, plan.max_step_tokens // several)),) * several)

@@ -85,6 +85,7 @@ class SlotTable:
         self.blocks = np.zeros((slots, 8), np.int32)  # block tables, padded with the null block; the width grows
         self.num_blocks = np.zeros(slots, np.int32)
         self.opened = np.zeros(slots, bool)
+        slots += 1  # the scratch slot is one of a plain, greedy request
         # sampling parameters
         self.greedy = np.ones(slots, bool)
         self.temperature = np.ones(slots, np.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmdeploy.ops.slots import CHANGES, SamplingTables
 
+ALIGN = 16  # bytes
 REALS = ('temperature', 'top_p', 'min_p', 'repetition', 'presence', 'frequency')
 INTEGERS = ('top_k', 'has_penalty', 'prompt_len')
 
@@ -82,9 +83,19 @@ class DeviceTables:
 
 
 def send(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """``arrays`` of one type on ``device``, in one copy that nobody waits for."""
-    flat = torch.from_numpy(np.concatenate([np.ascontiguousarray(array).ravel() for array in arrays]))
-    if device.type != 'cpu':
-        flat = flat.pin_memory().to(device, non_blocking=True)  # the allocator keeps the host's side until it is read
-    sizes = [array.size for array in arrays]
-    return [part.view(array.shape) for part, array in zip(flat.split(sizes), arrays)]
+    """``arrays`` of one type on ``device``, in one copy that nobody waits for.
+
+    Each begins at a multiple of 16 bytes, whatever their sizes are: kernels are compiled anew for other alignments.
+    """
+    unit = ALIGN // arrays[0].itemsize
+    starts = [0]
+    for array in arrays:
+        starts.append(starts[-1] + -(-array.size // unit) * unit)
+    on_gpu = device.type != 'cpu'
+    staged = torch.empty(starts[-1], dtype=torch.from_numpy(arrays[0][:0]).dtype, pin_memory=on_gpu)
+    flat = staged.numpy()
+    for array, start in zip(arrays, starts):
+        flat[start : start + array.size] = array.reshape(-1)
+    if on_gpu:
+        staged = staged.to(device, non_blocking=True)  # the allocator keeps the host's side until it is read
+    return [staged[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts)]

@@ -178,6 +178,17 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.gpu
+def test_nothing_is_compiled_after_the_start(tmp_path, monkeypatch):
+    from triton import knobs
+
+    core = start(tmp_path, device='cuda', max_batch_size=40, num_blocks=400)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, 'jit_post_compile_hook', lambda *, fn, **_: compiled.append(fn.name))
+    serve(core, requests(200))
+    assert compiled == []
+
+
+@pytest.mark.gpu
 def test_a_stopped_runner_gives_its_memory_back(tmp_path):
     gc.collect()
     before = torch.cuda.memory_allocated()

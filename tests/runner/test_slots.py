@@ -58,4 +58,4 @@ def test_what_leaves_one_token_is_greedy(slots, params):
 def test_seeds_use_all_64_bits(slots):
     for slot, seed in enumerate((0, 1 << 63, (1 << 64) - 1, -1)):
         slots.open(opening(slot, [1], seed=seed))
-    assert slots.seed.tolist() == [0, 1 << 63, (1 << 64) - 1, (1 << 64) - 1]
+    assert slots.seed[:-1].tolist() == [0, 1 << 63, (1 << 64) - 1, (1 << 64) - 1]
