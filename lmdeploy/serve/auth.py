@@ -79,6 +79,16 @@ class KeyRing:
         Raises:
             HttpError: LMD-504, no key or a wrong one; LMD-505, not an admin key.
         """
+        caller = self.identify(headers, access)
+        self.permit(caller, access)
+        return caller
+
+    def identify(self, headers: Headers, access: Access) -> Caller:
+        """Who it is, whether or not they may call the route.
+
+        Raises:
+            HttpError: LMD-504, no key or a wrong one.
+        """
         if access is Access.OPEN:
             return Caller()
         caller = self._proxied(headers) or self._caller(headers)
@@ -86,9 +96,12 @@ class KeyRing:
             if self._required:
                 raise HttpError('LMD-504')
             caller = Caller()
+        return caller
+
+    def permit(self, caller: Caller, access: Access) -> None:
+        """Raises: HttpError LMD-505, they may not."""
         if access is Access.ADMIN and not caller.admin and (self._has_admin_keys or not self._enable_admin):
             raise HttpError('LMD-505')
-        return caller
 
     def _caller(self, headers: Headers) -> Caller | None:
         """The owner of one of the keys that the headers carry. All keys are visited, whichever fits."""

@@ -120,17 +120,19 @@ class Edge:
             if asked is not None:
                 exchange.headers += asked
                 return False
-        request.caller = self._authenticate(request, Access.USER if route is None else route.access)
+        access = Access.USER if route is None else route.access
+        request.caller = self._identify(request, access)
+        context.keys.permit(request.caller, access)
         if not methods:
             raise HttpError('LMD-506')
         if route is None:
             raise HttpError('LMD-507', method=request.method[:16], allowed=', '.join(sorted(methods)))
         return True
 
-    def _authenticate(self, request: Request, access: Access) -> Caller:
+    def _identify(self, request: Request, access: Access) -> Caller:
         headers = request.scope['headers']
         try:
-            return self.context.keys.authenticate(headers, access)
+            return self.context.keys.identify(headers, access)
         except HttpError as error:
             if error.code == 'LMD-504' and gives_key(headers):
                 self._failed_keys.note(client_of(request.scope))

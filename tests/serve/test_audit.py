@@ -28,13 +28,14 @@ def lines(path) -> list[dict]:
 def test_one_line_per_request(serve, tmp_path):
     path = tmp_path / 'audit.jsonl'
     log = AuditLog(path, digests=True)
-    server = serve(keys=KeyRing(['secret-key']), audit=log, step_seconds=0.002)
+    server = serve(keys=KeyRing(['secret-key'], ['secret-boss']), audit=log, step_seconds=0.002)
     key = {'x-api-key': 'secret-key', 'x-request-id': 'a1'}
     assert server.post(URL, CHAT, headers=key).status_code == 200
     server.post(URL, CHAT | {'n': 0}, headers=key)
     server.post(URL, CHAT)
     server.ask('GET', '/health')
     server.ask('GET', '/v1/models%0d%0aforged', headers=key)
+    server.ask('POST', '/sleep', headers=key)
 
     async def leave():
         connection = Connection(server, LONG | {'stream': True})
@@ -45,12 +46,13 @@ def test_one_line_per_request(serve, tmp_path):
     run(leave())
     log.close()
     found = lines(path)
-    assert [(one['status'], one['outcome']) for one in found[:4]] == [
-        (200, 'finished'), (400, 'invalid_request'), (401, 'invalid_api_key'), (404, 'not_found')]
+    assert [(one['status'], one['outcome']) for one in found[:5]] == [
+        (200, 'finished'), (400, 'invalid_request'), (401, 'invalid_api_key'), (404, 'not_found'),
+        (403, 'admin_key_required')]
     done = found[0]
     assert done['request'] == 'a1' and done['model'] == MODEL and done['route'] == URL and done['seconds'] > 0
     assert (done['output_tokens'], done['prompt_tokens'] > 0) == (8, True) and len(done['prompt_digest']) == 32
-    assert done['key'].startswith('key-') and found[2]['key'] == 'anonymous'
+    assert done['key'].startswith('key-') and found[4]['key'] == done['key'] and found[2]['key'] == 'anonymous'
     text = path.read_text()
     assert 'secret' not in text and 'hello' not in text
     assert oct(os.stat(path).st_mode & 0o777) == '0o600'

@@ -47,6 +47,7 @@ def create_app(context: ProxyContext) -> App:
     for path, summary in PASSED_MESSAGES.items():
         routes.add('POST', path, Through(context, message_error_event), Access.USER, summary, failure=message_failure)
     routes.add('GET', '/v1/models', own.models, Access.USER, 'the models that nodes serve', answer=ModelList)
+    routes.add('GET', '/v1/models/{model:path}', own.model, Access.USER, 'one of them', answer=ModelCard)
     routes.add('GET', '/health', own.health, Access.OPEN, 'the proxy is there', answer=HealthInfo)
     routes.add('GET', '/ready', own.ready, Access.OPEN, 'whether a node is there', answer=HealthInfo)
     routes.add('GET', '/metrics', own.metrics, Access.OPEN if context.public_metrics else Access.USER,
@@ -71,6 +72,13 @@ class Own:
     async def models(self) -> Response:
         """The models of all nodes that are up."""
         return json_reply(ModelList(data=[self._card(name) for name in self.context.nodes.models()]))
+
+    async def model(self, model: str) -> Response:
+        """A model that a node serves."""
+        served = self.context.nodes.models()
+        if model not in served:
+            raise HttpError('LMD-514', model=model[:200], served=', '.join(served)[:1000], param='model')
+        return json_reply(self._card(model))
 
     async def health(self) -> Response:
         """200 as long as the proxy runs."""

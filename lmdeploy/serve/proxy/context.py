@@ -35,18 +35,21 @@ class ProxyKeys(KeyRing):
         super().__init__(api_keys)
         self._nodes = KeyRing([node_key])
 
-    def authenticate(self, headers: Headers, access: Access) -> Caller:
-        """See :meth:`KeyRing.authenticate`.
+    def identify(self, headers: Headers, access: Access) -> Caller:
+        """See :meth:`KeyRing.identify`.
 
         Raises:
             HttpError: LMD-560, an administrative route without the node key.
         """
         if access is not Access.ADMIN:
-            return super().authenticate(headers, access)
+            return super().identify(headers, access)
         try:
-            return self._nodes.authenticate(headers, Access.USER)
+            return self._nodes.identify(headers, Access.USER)
         except HttpError:
             raise HttpError('LMD-560') from None
+
+    def permit(self, caller: Caller, access: Access) -> None:
+        """The key that was asked for is the permission."""
 
 
 @dataclass(slots=True)

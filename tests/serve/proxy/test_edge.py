@@ -94,6 +94,8 @@ def test_requests_go_to_nodes_of_their_model():
             found = await running.http.post(PATH, json={'model': 'one'})
             assert (found.status_code, found.json()['error']['code']) == (503, 'no_node')
             assert (await running.http.get('/v1/models')).json()['data'][0]['id'] == 'both'
+            assert (await running.http.get('/v1/models/both')).json()['id'] == 'both'
+            assert (await running.http.get('/v1/models/none')).status_code == 404
 
     run(main())
 
