@@ -159,6 +159,10 @@ async def serve(app: FastAPI, sock: socket.socket, load: Callable[[], Awaitable[
     """Answer at once, load, and serve until a signal, ``stop`` or a failure of ``load``, which is raised.
 
     Signals are heeded where that is possible: in the main thread.
+
+    The loop is asyncio's own, although uvicorn brings uvloop: a streamed token costs the same processor time on both
+    (the engine's messages, JSON and HTTP are most of it; ``benchmark/server_overhead.py``), and uvloop would accept
+    connections by itself, past :class:`Listener`, which is what keeps a server without descriptors alive.
     """
     context: Served = app.state.context
     server = _server(app, context, tls)
