@@ -62,8 +62,8 @@ def measure(config: ModelConfig, model: str, device: torch.device, dtype: torch.
     roof = roof or measure_roof(device, dtype)
     figures = []
     for count in rows:
-        bench = probes.Bench(config, device, dtype, count, context)
-        figures += [_figure(probe, device, roof) for probe in _probes(bench, count == rows[0]) if only in probe.name]
+        bench = probes.Bench(config, device, dtype, count, context, only)
+        figures += [_figure(probe, device, roof) for probe in _probes(bench, count == rows[0])]
     return KernelReport('kernels', Environment(), DeviceFacts.of(device), model, str(dtype).removeprefix('torch.'),
                         context, roof, figures)
 

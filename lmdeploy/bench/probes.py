@@ -52,6 +52,7 @@ class Bench:
 
     Attributes:
         rows: tokens of a step. context: cached tokens of each row, where that matters.
+        only: tensors are made for what has this in its name, and for nothing else.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class Bench:
     dtype: torch.dtype
     rows: int
     context: int
+    only: str = ''
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
@@ -252,7 +254,8 @@ AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'
 def ops(bench: Bench) -> Iterator[Probe]:
     """Every op that has an implementation for the device."""
     for name, op in sorted(registered(bench.device.type).items()):
-        if name not in OPS or not any(candidate.device == bench.device.type for candidate in op.candidates):
+        here = any(candidate.device == bench.device.type for candidate in op.candidates)
+        if name not in OPS or bench.only not in name or not here:
             continue
         shape, nbytes, flops, make = OPS[name](bench, name)
         chosen = op.chosen(OpCase(bench.device.type, bench.dtype)).removeprefix('lmdeploy.ops.')
@@ -266,8 +269,10 @@ def linears(bench: Bench) -> Iterator[Probe]:
     kv = config.num_kv_heads * config.head_dim
     for name, out, inner in (('qkv', query + 2 * kv, hidden), ('o', hidden, query),
                              ('down', hidden, config.intermediate_size), ('head', config.vocab_size, hidden)):
-        yield _linear(bench, name, out, inner)
-    yield _gated(bench, hidden, config.intermediate_size)
+        if bench.only in f'linear {name}':
+            yield _linear(bench, name, out, inner)
+    if bench.only in 'linear gate_up':
+        yield _gated(bench, hidden, config.intermediate_size)
 
 
 def _bundle(bench: Bench, out: int, inner: int) -> LinearBundle:
@@ -311,8 +316,9 @@ def _gated(bench: Bench, hidden: int, inner: int) -> Probe:
 
 def attention(bench: Bench) -> Iterator[Probe]:
     """The backend that the model would choose, rotation and cache write included: a decode step, and one prompt."""
-    yield _attention(bench, 'attention decode', [1] * bench.rows)
-    yield _attention(bench, 'attention prompt', [bench.context])
+    for name, queries in (('attention decode', [1] * bench.rows), ('attention prompt', [bench.context])):
+        if bench.only in name:
+            yield _attention(bench, name, queries)
 
 
 def _attention(bench: Bench, name: str, queries: list[int]) -> Probe:
