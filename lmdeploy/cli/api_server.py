@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from lmdeploy.cli.args import (
     engine_config,
     template_config,
 )
-from lmdeploy.cli.screen import Screen, printable
+from lmdeploy.cli.screen import Screen
 from lmdeploy.config import env
 from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
 
@@ -147,6 +146,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if not args.model_path:
         raise UsageError('LMD-412')
     configure(args.log_level or env.log_level() or 'WARNING', args.log_format)
+    screen = replace(screen, as_json=args.log_format == 'json')
     _check(args)
     for name in HINTS:
         if (name, 'default') not in {(option, origin) for option, _, origin in origins}:
@@ -350,7 +350,7 @@ async def _run(context: ServerContext, engine: ProcessEngine, sock: socket.socke
         if member is not None:  # before requests are turned away, so that the proxy sends none that would be
             tasks.append(asyncio.create_task(member.leave()))
 
-    watcher = Watcher(ready=ready, stats=lambda line: print(line, file=sys.stderr, flush=True), draining=draining)
+    watcher = Watcher(ready=ready, stats=screen.line, draining=draining)
     try:
         await serve(create_app(context), sock, engine.load, watcher, tls=tls, drain_seconds=drain_seconds, stop=stop)
     finally:
@@ -396,4 +396,4 @@ def _banner(context: ServerContext, screen: Screen, url: str) -> None:
         screen.note('serve_ready', models=names, url=url, page=f'{url}/' if context.page else '-', docs=docs,
                     session_len=capacity.session_len, kv_tokens=capacity.num_blocks * capacity.block_size,
                     kv_gib=capacity.kv_bytes / 2**30, batch=capacity.max_batch_size, keys=len(context.keys))
-    print(printable(curl), file=sys.stderr, flush=True)  # one line, whatever the terminal's width: it is to be copied
+    screen.line(curl)

@@ -23,7 +23,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[LmdeployError], No
     except Exception as error:  # the outermost frame: whatever it is becomes one screen and an exit code
         if args.debug:
             traceback.print_exc()
-        tell = report or screen.error
+        tell = report or replace(screen, as_json=getattr(args, 'log_format', None) == 'json').error
         if isinstance(error, LmdeployError):
             tell(error)
             return exit_code(error)

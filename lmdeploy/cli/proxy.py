@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
-import sys
 from typing import TYPE_CHECKING
 
 from lmdeploy.cli.screen import Screen
@@ -127,9 +126,9 @@ def _serve(args: argparse.Namespace, screen: Screen, context: ProxyContext, new_
         if new_key is not None:
             screen.note('proxy_key', key=new_key)
         screen.note('proxy_ready', url=url, strategy=context.strategy, keys=len(context.keys), nodes=len(context.nodes))
-        print(f'lmdeploy serve api_server MODEL --proxy-url {url}', file=sys.stderr, flush=True)  # to be copied
+        screen.line(f'lmdeploy serve api_server MODEL --proxy-url {url}')
 
-    watcher = Watcher(ready=ready, stats=lambda line: print(line, file=sys.stderr, flush=True),
+    watcher = Watcher(ready=ready, stats=screen.line,
                       draining=lambda: screen.note('serve_draining', seconds=args.drain_timeout))
     asyncio.run(run_proxy(context, sock, watcher, tls=tls, drain_seconds=args.drain_timeout))
     return 0

@@ -8,10 +8,12 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 
 from lmdeploy.config import env
 from lmdeploy.errors import LmdeployError
+from lmdeploy.log import json_line
 from lmdeploy.texts import LANGUAGES
 from lmdeploy.texts.cli import NOTES
 
@@ -27,9 +29,14 @@ def choose_language(option: str | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Writes in one language."""
+    """Writes in one language.
+
+    Attributes:
+        as_json: every note is a line of a log for machines.
+    """
 
     lang: str
+    as_json: bool = False
 
     def text(self, note: str, **params: object) -> str:
         """The text of a note (a key of ``lmdeploy.texts.cli.NOTES``) with its parameters filled in."""
@@ -41,10 +48,21 @@ class Screen:
 
     def error(self, error: LmdeployError) -> None:
         """Print an error: its code, what happened, and what to do."""
+        if self.as_json:
+            self.line(f'{error.code}: {error.text(self.lang)}', 'ERROR')
+            return
         self._print(self.text('error', code=error.code))
         self._print(error.text(self.lang), indent='  ')
 
+    def line(self, text: str, level: str = 'INFO') -> None:
+        """Print one line, whatever the terminal's width: it is to be copied, or read by programs."""
+        text = printable(text)
+        print(json_line(time.time(), level, 'server', text) if self.as_json else text, file=sys.stderr, flush=True)
+
     def _print(self, text: str, indent: str = '') -> None:
+        if self.as_json:
+            self.line(text)
+            return
         for line in printable(text).split('\n'):
             if self.lang == 'en' and len(indent + line) > _columns():  # a terminal breaks Chinese well by itself
                 line = textwrap.fill(line, _columns(), subsequent_indent=indent, break_long_words=False,

@@ -18,6 +18,9 @@ import requests
 from lmdeploy import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.cli.api_server import ALL_ENGINE_OPTIONS, OPTIONS
 from lmdeploy.cli.entrypoint import main
+from lmdeploy.cli.screen import Screen
+from lmdeploy.errors import ConfigError
+from lmdeploy.log import get_logger
 
 CHAT = {'messages': [{'role': 'user', 'content': 'hello'}], 'max_tokens': 5}
 TUTORIAL_FLAGS = """--server-name --server-port --allow-origins --allow-methods --allow-headers --allow-credentials
@@ -98,6 +101,30 @@ def test_wrong_options_end_on_one_screen(capsys, monkeypatch, argv, code, text):
     monkeypatch.delenv('SSL_KEYFILE', raising=False)
     assert main(['serve', 'api_server', *argv, '--lang', 'en']) == code
     assert text in capsys.readouterr().err
+
+
+def test_logs_for_machines_have_no_other_lines(capsys, tmp_path):
+    logger = get_logger()
+    before = [(handler, handler.formatter) for handler in logger.handlers]
+    config = tmp_path / 'server.yaml'
+    config.write_text('log_format: json')
+    try:
+        for argv in (['--log-format', 'json'], ['--config', str(config)]):
+            main(['serve', 'api_server', '/none', '--server-port', '0', '--max-log-len', '3', '--lang', 'en', *argv])
+            told = capsys.readouterr().err.splitlines()
+            messages = [json.loads(line)['message'] for line in told]
+            assert '--max-log-len' in messages[0] and 'LMD-102' in messages[-1]
+    finally:
+        for handler, formatter in before:
+            handler.setFormatter(formatter)
+    screen = Screen('en', as_json=True)
+    screen.note('serve_ready', models='m', url='u', page='-', docs='-', session_len=1, kv_tokens=1, kv_gib=1.0, batch=1,
+                keys=0)
+    screen.error(ConfigError('LMD-412'))
+    screen.line('stats')
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [entry['level'] for entry in told] == ['INFO', 'ERROR', 'INFO'] and 'LMD-412' in told[1]['message']
+    assert told[0].keys() == {'time', 'level', 'where', 'message'} and told[2]['message'] == 'stats'
 
 
 def test_limits_are_printed(capsys):
