@@ -100,6 +100,8 @@ FAULTS: dict[str, Fault] = {
 }
 PARAMS = {'max_new_tokens': 'max_tokens', 'random_seed': 'seed', 'stop_words': 'stop'}
 """Names of generation parameters that requests spell differently."""
+FIELDS = {'LMD-179': 'chat_template_kwargs', 'LMD-320': 'response_format'}
+"""Fields that an error is about, whatever its parameters."""
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -157,7 +159,9 @@ def describe(error: BaseException, request_id: str) -> tuple[Fault, ErrorDetail]
         shown = (HttpError('LMD-519', reason='it failed', state=error.code) if fault is UNAVAILABLE
                  else HttpError('LMD-521', request_id=request_id))
     assert isinstance(shown, LmdeployError)
-    param = error.params.get('param', error.params.get('field')) if isinstance(error, LmdeployError) else None
+    param = None
+    if isinstance(error, LmdeployError):
+        param = error.params.get('param', error.params.get('field', FIELDS.get(error.code)))
     name = PARAMS.get(param, param) if isinstance(param, str) else None
     return fault, ErrorDetail(shown.text('en')[:2000], fault.type, name, fault.code, shown.code)
 

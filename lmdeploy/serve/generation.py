@@ -64,11 +64,11 @@ class Answers:
 
 @asynccontextmanager
 async def generate(context: ServerContext, request: Request, works: Sequence[Work], *,
-                   session_id: int = -1) -> AsyncIterator[Answers]:
+                   session_id: int | None = None) -> AsyncIterator[Answers]:
     """Run the works of one request; leaving the block, in whichever way, ends what still runs.
 
     Args:
-        session_id: the client's own name for the request, if not negative; one at a time.
+        session_id: the client's own name for the request, one at a time; None or -1: it has none.
 
     Raises:
         HttpError: the engine is not there, the queue is full, a limit is exceeded, the session is busy.
@@ -77,6 +77,7 @@ async def generate(context: ServerContext, request: Request, works: Sequence[Wor
     frontend = context.frontend()
     answers = sum(work.gen.n for work in works)
     _check_size(context, works, answers)
+    session_id = -1 if session_id is None else session_id
     if session_id >= 0 and any(r.session_id == session_id and r.caller == request.caller.id for r in context.running):
         raise HttpError('LMD-524', session_id=session_id, param='session_id')
     names = [frontend.new_name() for _ in works]

@@ -53,7 +53,7 @@ class Chat:
         return json_reply(await self._whole(request, body, plan, head))
 
     async def _whole(self, request: Request, body: ChatRequest, plan: ChatPlan, head: _Head) -> ChatCompletion:
-        async with generate(self.context, request, [plan.work], session_id=_session(body)) as answers:
+        async with generate(self.context, request, [plan.work], session_id=body.session_id) as answers:
             readers = self._readers(plan, answers)
             async for output in answers.outputs:
                 readers[output.choice].take(output, answers.usage)
@@ -67,7 +67,7 @@ class Chat:
     async def _stream(self, request: Request, body: ChatRequest, plan: ChatPlan,
                       head: _Head) -> AsyncGenerator[bytes, None]:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        async with generate(self.context, request, [plan.work], session_id=_session(body)) as answers:
+        async with generate(self.context, request, [plan.work], session_id=body.session_id) as answers:
             readers = self._readers(plan, answers)
             async for output in answers.outputs:
                 reader = readers[output.choice]
@@ -89,10 +89,6 @@ class Chat:
         prepared, gen = answers.prepared[0], plan.work.gen
         return [_Reader(i, plan.parser(tokenizer, prepared.tokens), tokenizer, gen.logprobs)
                 for i in range(gen.n)]
-
-
-def _session(body: ChatRequest) -> int:
-    return -1 if body.session_id is None else body.session_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Completions:
 
     async def _whole(self, request: Request, body: CompletionRequest, works: list[Work],
                      head: Completion) -> Completion:
-        async with generate(self.context, request, works, session_id=_session(body)) as answers:
+        async with generate(self.context, request, works, session_id=body.session_id) as answers:
             readers = self._readers(body, works, answers)
             wholes = [reader.piece(reader.echo, with_ids=bool(body.return_token_ids)) for reader in readers]
             texts = [[whole.text] for whole in wholes]
@@ -56,7 +56,7 @@ class Completions:
     async def _stream(self, request: Request, body: CompletionRequest, works: list[Work],
                       head: Completion) -> AsyncGenerator[bytes, None]:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        async with generate(self.context, request, works, session_id=_session(body)) as answers:
+        async with generate(self.context, request, works, session_id=body.session_id) as answers:
             readers = self._readers(body, works, answers)
             async for output in answers.outputs:
                 reader = readers[output.choice]
@@ -83,10 +83,6 @@ class Completions:
             readers += [_Reader(len(readers) + i, tokenizer, body.logprobs, echo, len(echo))
                         for i in range(work.gen.n)]
         return readers
-
-
-def _session(body: CompletionRequest) -> int:
-    return -1 if body.session_id is None else body.session_id
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ class Generate:
 
     async def _pieces(self, request: Request, body: GenerateRequest,
                       work: Work) -> AsyncGenerator[GenerateAnswer, None]:
-        async with generate(self.context, request, [work], session_id=or_default(body.session_id, -1)) as answers:
+        async with generate(self.context, request, [work], session_id=body.session_id) as answers:
             async for output in answers.outputs:
                 yield GenerateAnswer(text=output.text, output_ids=output.token_ids,
                                      meta_info=_meta(request.id, output, body.top_logprobs_num))
