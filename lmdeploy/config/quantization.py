@@ -241,6 +241,9 @@ def _compressed_group(group: Fields, form: str) -> Storage:
     if weights.has('dynamic'):
         _among(weights, 'dynamic', weights.raw('dynamic'), (False,))
     size, rows = _strategy(weights, form)
+    if form == PACK and not rows and not symmetric:
+        raise ConfigError('LMD-115', field=f'{weights.path}strategy', value="'tensor' with zero points",
+                          known='group, channel')  # fmt: skip
     activation, inner, static = _compressed_inputs(group)
     if group.has('output_activations'):
         raise ConfigError('LMD-115', field=f'{group.path}output_activations',

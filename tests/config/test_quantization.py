@@ -148,6 +148,7 @@ A = f'{GROUP}.input_activations'
     (PACKED, {f'{W}.type': 'float'}, 'LMD-115', 'format'),
     (PACKED, {f'{GROUP}.format': 'float-quantized'}, 'LMD-114', 'integers'),
     (PACKED, {f'{W}.strategy': 'block'}, 'LMD-115', 'strategy'),
+    (PACKED, {f'{W}.strategy': 'tensor', f'{W}.symmetric': False}, 'LMD-115', "'tensor' with zero points"),
     (PACKED, {f'{W}.group_size': None}, 'LMD-112', f'{W}.group_size'),
     (PACKED, {f'{W}.dynamic': True}, 'LMD-115', 'dynamic'),
     (PACKED, {W: None}, 'LMD-112', W),

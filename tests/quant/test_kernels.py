@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from lmdeploy.errors import ConfigError
 from lmdeploy.ops.cpu import features
+from lmdeploy.ops.quantize import quantize_tokens
 from lmdeploy.quant import kernels
 from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.dequant import dequantize_bundle
 from lmdeploy.quant.kernels import (
     Dense,
     Interleaved,
@@ -21,6 +23,7 @@ from lmdeploy.quant.kernels import (
     choose_kernel,
 )
 from lmdeploy.quant.scheme import QuantScheme, dense_scheme
+from lmdeploy.weights.dequant import dequantize
 from tests.tolerance import tolerance
 
 CPU = torch.device('cpu')
@@ -108,6 +111,86 @@ def test_interleaved_equals_merged(biases, activation):
     x = torch.randn(ROWS, 80)
     found = Interleaved().apply(x, Interleaved().pack(gate, up, case()), activation)
     wanted = Merged().apply(x, Merged().pack(gate, up, case()), activation)
+    torch.testing.assert_close(found, wanted, **tolerance(torch.float32, float(wanted.abs().max()), 80))
+
+
+def quantised(bits: int, group: int, activation: str, symmetric: bool, bias: bool) -> LinearBundle:
+    """A random layer of 80 inputs and 33 outputs."""
+    random = torch.Generator().manual_seed(0)
+    groups, least = -(-80 // group) if group else 1, 0 if not symmetric else -(1 << bits - 1)
+    codes = torch.randint(least, least + (1 << bits), (80, 33), generator=random)
+    zeros = None if symmetric else torch.randint(0, 1 << bits, (groups, 33), generator=random, dtype=torch.int16)
+    return LinearBundle(QuantScheme('int', bits, group, symmetric, activation), 33, 80,
+                        codes=codes.to(torch.int8 if symmetric else torch.uint8), zeros=zeros,
+                        scales=torch.rand(groups, 33, generator=random) / (1 << bits),
+                        bias=torch.randn(33, generator=random) if bias else None)  # fmt: skip
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('group', [0, 16, 32])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_weights_only_are_dequantised_once(bits, group, symmetric):
+    bundle = quantised(bits, group, '', symmetric, bias=True)
+    one = case(scheme=bundle.scheme)
+    kernel = choose_kernel(one)
+    assert kernel.name == 'dequantised' and not kernel.rounds(one)
+    x = torch.randn(9, 80)
+    dense = LinearBundle(dense_scheme(32), 33, 80, weight=dequantize_bundle(bundle, torch.float32), bias=bundle.bias)
+    inner = choose_kernel(case())
+    wanted = inner.apply(x, inner.pack(dense, case()))
+    assert torch.equal(kernel.apply(x, kernel.pack(bundle, one)), wanted)
+    assert torch.equal(kernel.apply_float(x, kernel.pack(bundle, one)), wanted)
+    if features.packed_linear(torch.bfloat16):
+        assert kernel.rounds(case(torch.bfloat16, bundle.scheme))
+
+
+def test_blocks_of_gguf_are_dequantised():
+    blocks = torch.randint(0, 60, (12, 3 * 34), dtype=torch.uint8)
+    bundle = LinearBundle(QuantScheme('Q8_0', 8, 32), 12, 96, codes=blocks)
+    one = case(scheme=bundle.scheme)
+    kernel, x = choose_kernel(one), torch.randn(5, 96)
+    wanted = F.linear(x.double(), dequantize(blocks, 'Q8_0').double())
+    allowed = tolerance(torch.float32, float(wanted.abs().max()), 96)
+    torch.testing.assert_close(kernel.apply(x, kernel.pack(bundle, one)).double(), wanted, **allowed)
+
+
+@pytest.mark.parametrize('dtype', [*DTYPES, torch.float16])
+@pytest.mark.parametrize(('bits', 'group', 'symmetric'), [(8, 0, True), (4, 16, True), (4, 32, False), (8, 0, False)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_quantised_inputs_by_integers(dtype, bits, group, symmetric, bias):
+    """The product of integers, group by group, is what the kernel computes in floating point."""
+    bundle = quantised(bits, group, 'int8', symmetric, bias)
+    one = case(dtype, bundle.scheme)
+    kernel = choose_kernel(one)
+    assert kernel.name == 'quantised_input'
+    x = (torch.randn(9, 80) * 3).to(dtype)
+    codes, scales = quantize_tokens(x, 'int8', 0)
+    wanted, size = torch.zeros(9, 33, dtype=torch.float64), group or 80
+    for g, at in enumerate(range(0, 80, size)):
+        weight = bundle.codes[at : at + size].long() - (0 if bundle.zeros is None else bundle.zeros[g].long())
+        wanted += (codes[:, at : at + size].long() @ weight).double() * bundle.scales[g].double()
+    wanted = wanted * scales.double() + (0 if bundle.bias is None else bundle.bias.double())
+    packed = kernel.pack(bundle, one)
+    found = kernel.apply_float(x, packed)
+    assert found.dtype == torch.float32 and kernel.apply(x, packed).dtype == dtype
+    allowed = tolerance(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32, float(wanted.abs().max()), 80)
+    torch.testing.assert_close(found.double(), wanted, **allowed)
+    for a, b in row_groups(torch.float32 if dtype is torch.float16 else dtype):
+        if b <= 9:
+            assert torch.equal(kernel.apply_float(x[a:b], packed), found[a:b]), (a, b)
+
+
+@pytest.mark.parametrize('activation', ['', 'int8'])
+def test_gated_layers_of_quantised_weights(activation):
+    gate, up = (quantised(4, 16, activation, False, bias=False) for _ in range(2))
+    up.codes = up.codes.flip(0)
+    one = case(scheme=gate.scheme)
+    kernel, single = choose_gated(one), choose_kernel(one)
+    assert kernel.name == ('merged' if activation else 'dequantised')
+    x = torch.randn(6, 80)
+    found = kernel.apply(x, kernel.pack(gate, up, one), 'silu')
+    both = [single.apply(x, single.pack(part, one)) for part in (gate, up)]
+    wanted = F.silu(both[0]) * both[1]
     torch.testing.assert_close(found, wanted, **tolerance(torch.float32, float(wanted.abs().max()), 80))
 
 

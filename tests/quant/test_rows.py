@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.rows import join, take_outputs
 from lmdeploy.quant.scheme import QuantScheme, dense_scheme
 
-AWQ = QuantScheme('awq', 4, 4, symmetric=False)
+INT4 = QuantScheme('int', 4, 4, symmetric=False)
 
 
 def dense(out: int, bias: bool = False) -> LinearBundle:
@@ -17,7 +19,7 @@ def dense(out: int, bias: bool = False) -> LinearBundle:
 
 
 def grouped(out: int) -> LinearBundle:
-    return LinearBundle(AWQ, out, 8, codes=torch.randint(0, 16, (8, out)), scales=torch.rand(2, out),
+    return LinearBundle(INT4, out, 8, codes=torch.randint(0, 16, (8, out)), scales=torch.rand(2, out),
                         zeros=torch.randint(0, 16, (2, out)))  # fmt: skip
 
 
@@ -60,3 +62,32 @@ def test_a_missing_bias_beside_others_is_zero():
 def test_unlike_layers_are_not_joined():
     with pytest.raises(ValueError, match='cannot be joined'):
         join((dense(3), grouped(3)))
+    static = QuantScheme('int', 8, activation='int8', static=True)
+    one, other = (replace(grouped(3), scheme=static, input_scale=torch.tensor(scale)) for scale in (0.5, 0.25))
+    with pytest.raises(ValueError, match='cannot be joined'):
+        join((one, other))
+    assert join((one, one)).input_scale == 0.5
+
+
+def test_layers_that_sort_their_inputs_differently_are_joined_dense():
+    first, second = (replace(grouped(3), perm=torch.randperm(8), bias=torch.randn(3)) for _ in range(2))
+    whole = join((first, second))
+    wanted = []
+    for part in (first, second):
+        weight = torch.empty(3, 8)
+        weight[:, part.perm] = dequant(part)
+        wanted.append(weight)
+    assert whole.perm is None and whole.scheme.dense and torch.equal(whole.weight, torch.cat(wanted))
+    assert torch.equal(whole.bias, torch.cat((first.bias, second.bias)))
+    assert torch.equal(join((first, replace(first))).perm, first.perm)
+    active = [replace(part, scheme=replace(INT4, activation='int8')) for part in (first, second)]
+    with pytest.raises(ValueError, match='sort their inputs differently'):
+        join(active)
+
+
+def test_float8_codes():
+    parts = [LinearBundle(QuantScheme('float8_e4m3fn', 8), n, 8, codes=torch.randn(n, 8).to(torch.float8_e4m3fn).t(),
+                          scales=torch.rand(1, n)) for n in (3, 2)]
+    whole = join(parts)
+    assert torch.equal(whole.codes.float(), torch.cat([p.codes.float() for p in parts], 1))
+    assert torch.equal(take_outputs(whole, torch.tensor([4, 0])).codes.float(), whole.codes.float()[:, [4, 0]])
