@@ -329,6 +329,9 @@ def _attention(bench: Bench, name: str, queries: list[int]) -> Probe:
     cached = 2 * rows * context * config.num_kv_heads * config.head_dim * bench.dtype.itemsize
     layers = bench.copies(cached)
     kv = KVCache(KVShape(layers, config.num_kv_heads, config.head_dim), rows * per_row, PAGE, bench.dtype, bench.device)
+    for layer in map(kv.layer, range(layers)):  # zeros are multiplied faster
+        layer.k.normal_()
+        layer.v.normal_()
     batch = _batch(bench, queries, per_row)
     batch.plan = backend.prepare(case, batch, kv)
     cos, sin = _rotation(bench, tokens)
