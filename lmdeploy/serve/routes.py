@@ -23,11 +23,11 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 
 from lmdeploy.serve.auth import Access
+from lmdeploy.serve.body import Body, read
 from lmdeploy.serve.errors import Failure, HttpError, failure
 from lmdeploy.serve.http import REQUEST
 from lmdeploy.serve.http import Request as OurRequest
 from lmdeploy.serve.middleware import parse_json
-from lmdeploy.serve.openai.protocol import Body, read
 
 Handler = Callable[..., Awaitable[Response]]
 REFERENCE = '#/components/schemas/{name}'
@@ -43,7 +43,7 @@ class Route:
 
     Attributes:
         handler: a coroutine function, or an object that is called like one; FastAPI fills its parameters in by their
-            types: a :class:`lmdeploy.serve.openai.protocol.Body`, a :class:`lmdeploy.serve.http.Request`, and the
+            types: a :class:`lmdeploy.serve.body.Body`, a :class:`lmdeploy.serve.http.Request`, and the
             parts of the path by name.
         access: who may call it; there is no default.
         answer: the msgspec structure of a 200, for the documentation.
@@ -111,13 +111,13 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
 
 
 class StrictRoute(APIRoute):
-    """Reads a body once, by :func:`lmdeploy.serve.openai.protocol.read` from strictly parsed JSON; FastAPI gets the
+    """Reads a body once, by :func:`lmdeploy.serve.body.read` from strictly parsed JSON; FastAPI gets the
     object that came of it, and has nothing left to validate or to say in its own words."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handler = super().get_route_handler()
         kind: Any = None if self.body_field is None else self.body_field.field_info.annotation
-        assert kind is None or issubclass(kind, Body), f'{self.path}: a body is a protocol.Body, not {kind}'
+        assert kind is None or issubclass(kind, Body), f'{self.path}: a body is a Body, not {kind}'
         names = [part.name for part in self.dependant.query_params]
         # There are none so far; what FastAPI takes for one has a type that it could not find by its name.
         assert not names, f'{self.path}: {names} are no parameters of a query'

@@ -11,8 +11,8 @@ from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.serve.anthropic.convert import messages
 from lmdeploy.serve.anthropic.protocol import MessagesRequest
 from lmdeploy.serve.auth import KeyRing
+from lmdeploy.serve.body import read
 from lmdeploy.serve.limits import Limits
-from lmdeploy.serve.openai.protocol import read
 from tests.serve.fake_server import MODEL, SESSION, VOCAB, named_events
 from tests.serve.test_blocks import anthropic_client
 from tests.serve.test_tools import CALL, OTHER, say

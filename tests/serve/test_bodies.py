@@ -14,10 +14,10 @@ import pytest
 from lmdeploy.log import get_logger
 from lmdeploy.serve import auth
 from lmdeploy.serve.auth import Access, KeyRing
+from lmdeploy.serve.body import Body
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.limits import Limits
 from lmdeploy.serve.middleware import parse_json
-from lmdeploy.serve.openai.protocol import Body
 from tests.serve.fake_server import CHAT, MODEL
 from tests.serve.live import live
 from tests.serve.test_chat import prepared

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from lmdeploy.serve.auth import KeyRing
+from lmdeploy.serve.body import read
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.limits import Limits
-from lmdeploy.serve.openai.protocol import read
 from lmdeploy.serve.openai.responses_convert import conversation
 from lmdeploy.serve.openai.responses_protocol import ResponsesRequest
 from lmdeploy.serve.openai.responses_store import ResponseStore

@@ -1,6 +1,6 @@
 """Bodies of ``/v1/messages`` and ``/v1/messages/count_tokens``, as types.
 
-The rule is that of :mod:`lmdeploy.serve.openai.protocol`: a field acts, or is refused where it asks for what this
+The rule is that of :mod:`lmdeploy.serve.body`: a field acts, or is refused where it asks for what this
 version cannot do, or is left out with a line in the log. Content blocks are told apart by their ``type``; one that a
 model of texts cannot be given is read as :class:`OtherBlock` and refused by :mod:`lmdeploy.serve.anthropic.convert`.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Many, Probability, Refusals
+from lmdeploy.serve.body import ELSEWHERE, Body, Many, Probability, Refusals
 
 TOOL_REFUSED = {'defer_loading': (None, False), 'allowed_callers': (None, [], ['direct']), 'input_examples': (None, [])}
 """Fields of a tool, and the values that ask for nothing."""

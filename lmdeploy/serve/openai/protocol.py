@@ -1,31 +1,19 @@
-"""Bodies of requests, as types: strict, finite, and with one rule for every field.
+"""Bodies of OpenAI's and LMDeploy's requests, as types (:mod:`lmdeploy.serve.body` has the rule for every field).
 
-A field either acts, or is refused by :func:`read` where it asks for what this version cannot do, or is unknown: then it
-is left out, with one line in the log and its name in the header ``x-unknown-fields`` of the response. Sizes are checked
-against :class:`lmdeploy.serve.limits.Limits` by :mod:`lmdeploy.serve.openai.convert`; ranges of numbers stand here.
+Sizes are checked against :class:`lmdeploy.serve.limits.Limits` by :mod:`lmdeploy.serve.openai.convert`; ranges of
+numbers stand here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from lmdeploy.log import get_logger
-from lmdeploy.serve.errors import HttpError
+from lmdeploy.serve.body import ELSEWHERE, Body, Many, Probability, Refusals, Token
 
 SEED = 1 << 63
-Item = TypeVar('Item')
-Many = Annotated[list[Item], Field(fail_fast=True)]
-"""A list that is left at its first wrong entry: an error for each of a million would take a minute."""
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Probability = Annotated[float, Field(gt=0, le=1)]
-
-
-ELSEWHERE = 'this version does not have it'
 IMAGES = 'the model reads text only'
-Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
 REFUSED: Refusals = {
     'suffix': ((), 'filling in between two texts is not possible here'),
     'best_of': ((1,), 'ask for n answers and choose yourself'),
@@ -58,24 +46,17 @@ REFUSED: Refusals = {
     'guided_choice': ((), 'use response_format'),
     'guided_grammar': ((), 'use response_format'),
 }
-"""Known fields that this version does not have: the values that ask for nothing (None always does), and the reason."""
+"""Known fields that this version does not have."""
 NO_EFFECT = frozenset({'metadata', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'verbosity',
                        'prediction'})
 """Known fields that are wishes or labels, and change no answer."""
 
 
-class Body(BaseModel):
-    """A JSON object of a request.
+class RequestBody(Body):
+    """A whole body, as opposed to a part of one."""
 
-    Attributes:
-        refused, no_effect: the known fields that it does not have.
-    """
-
-    refused: ClassVar[Refusals] = REFUSED
-    no_effect: ClassVar[Set[str]] = NO_EFFECT
-
-    model_config = ConfigDict(strict=True, extra='allow', allow_inf_nan=False, hide_input_in_errors=True,
-                              protected_namespaces=())
+    refused = REFUSED
+    no_effect = NO_EFFECT
 
 
 class Message(Body):
@@ -125,7 +106,7 @@ class AllowedToolsChoice(Body):
     allowed_tools: AllowedTools
 
 
-class Sampling(Body):
+class Sampling(RequestBody):
     """What all generating requests share. The defaults are LMDeploy's."""
 
     model: str
@@ -180,7 +161,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = False
 
 
-class GenerateRequest(Body):
+class GenerateRequest(RequestBody):
     """``POST /generate``: one prompt as text or tokens, one answer with its tokens."""
 
     prompt: str | None = None
@@ -207,7 +188,7 @@ class GenerateRequest(Body):
     session_id: int | None = Field(-1, ge=-1)
 
 
-class InteractiveRequest(Body):
+class InteractiveRequest(RequestBody):
     """``POST /v1/chat/interactive``: with ``interactive_mode`` the server remembers the conversation."""
 
     prompt: str | Many[Message] = ''
@@ -229,7 +210,7 @@ class InteractiveRequest(Body):
     min_new_tokens: int | None = Field(None, ge=0)
 
 
-class EncodeRequest(Body):
+class EncodeRequest(RequestBody):
     """``POST /v1/encode``: texts to tokens; ``do_preprocess`` puts each into the chat template as a user's turn."""
 
     model: str | None = None
@@ -238,7 +219,7 @@ class EncodeRequest(Body):
     add_bos: bool | None = True
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """``POST /tokenize``: a text, or a conversation as the chat template renders it."""
 
     model: str | None = None
@@ -250,7 +231,7 @@ class TokenizeRequest(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """``POST /detokenize``."""
 
     model: str | None = None
@@ -258,7 +239,7 @@ class DetokenizeRequest(Body):
     skip_special_tokens: bool | None = False
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     """``POST /v1/embeddings``: texts as vectors, a model's own way of pooling, or the last token's hidden state."""
 
     model: str
@@ -268,59 +249,9 @@ class EmbeddingRequest(Body):
     user: str | None = None
 
 
-class AbortRequest(Body):
+class AbortRequest(RequestBody):
     """``POST /abort_request``: end running requests of one's own; ``abort_all`` needs an admin key for all of them."""
 
     session_id: int | None = Field(None, ge=0)
     request_id: str | None = None
     abort_all: bool | None = False
-
-
-T = TypeVar('T', bound=Body)
-
-
-def read(kind: type[T], value: Any) -> tuple[T, tuple[str, ...]]:
-    """The body as ``kind``, and which of its fields were unknown.
-
-    Raises:
-        HttpError: LMD-512 names the first fields that are wrong; LMD-513, a field that this version does not have.
-    """
-    if not isinstance(value, dict):
-        raise HttpError('LMD-512', param='body', reason=f'it must be a JSON object, not {_kind(value)}')
-    try:
-        body = kind.model_validate(value)
-    except ValidationError as error:
-        raise _refusal(error) from None
-    unknown = []
-    for name, given in (body.model_extra or {}).items():
-        harmless, reason = kind.refused.get(name, ((), ''))
-        if reason and given is not None and given not in harmless:
-            raise HttpError('LMD-513', param=name, reason=reason)
-        if not reason and name not in kind.no_effect:
-            unknown.append(name)
-    if unknown:
-        get_logger().info('%s: unknown fields are left out: %s', kind.__name__, ', '.join(map(repr, unknown))[:200])
-    return body, tuple(unknown)
-
-
-def _kind(value: Any) -> str:
-    return {list: 'a list', str: 'a text', bool: 'true or false', type(None): 'null'}.get(type(value), 'a number')
-
-
-def _refusal(error: ValidationError) -> HttpError:
-    """One error for all wrong fields: of the alternatives of a union, the one that came furthest."""
-    furthest: dict[str, tuple[int, str]] = {}
-    for problem in error.errors(include_url=False, include_input=False, include_context=False):
-        place = [str(part) for part in problem['loc'] if not _is_tag(part)]
-        field = place[0] if place else 'body'
-        if field not in furthest or len(place) > furthest[field][0]:
-            furthest[field] = (len(place), f'{".".join(place) or "body"}: {problem["msg"]}')
-    field, (_, first) = next(iter(furthest.items()))
-    reasons = [first.partition(': ')[2], *(text for _, text in list(furthest.values())[1:10])]
-    return HttpError('LMD-512', param=first.partition(': ')[0][:200], reason='; '.join(reasons)[:1000])
-
-
-def _is_tag(part: int | str) -> bool:
-    """Whether a part of an error's place names a type of a union, not a field."""
-    return isinstance(part, str) and (part in ('str', 'int', 'float', 'bool') or part[:1].isupper() or '[' in part
-                                      or '-' in part)

@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/responses``, as types. The rule for every field is that of :mod:`lmdeploy.serve.openai.protocol`.
+"""Bodies of ``/v1/responses``, as types. The rule for every field is that of :mod:`lmdeploy.serve.body`.
 
 Items of the input are told apart by their ``type``; one that this version cannot use is read as :class:`OtherItem`, a
 tool of the server as :class:`OtherTool`, and both are refused by :mod:`lmdeploy.serve.openai.responses_convert`.
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from lmdeploy.serve.openai.protocol import ELSEWHERE, Body, Many, Probability, Refusals
+from lmdeploy.serve.body import ELSEWHERE, Body, Many, Probability, Refusals
 
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=256)]

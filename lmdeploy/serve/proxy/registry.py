@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import Field
 
+from lmdeploy.serve.body import Body
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.http import Response, json_reply
 from lmdeploy.serve.middleware import parse_json
-from lmdeploy.serve.openai.protocol import Body
 from lmdeploy.serve.proxy.addresses import NodeAddress, parse
 from lmdeploy.serve.proxy.context import ProxyContext
 from lmdeploy.serve.proxy.nodes import Node
