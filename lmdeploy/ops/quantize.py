@@ -33,7 +33,7 @@ def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     largest = LARGEST[kind]
     least = INT8_EPS if kind == 'int8' else FLOAT8_FLOOR
     scales = padded.abs().amax(-1).clamp_(min=least) / largest
-    scaled = (padded / scales.unsqueeze(-1)).view(tokens, -1)[:, :channels]
+    scaled = (padded / scales.unsqueeze(-1)).flatten(1)[:, :channels]
     return _codes(scaled, kind), scales
 
 

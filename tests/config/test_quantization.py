@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmdeploy.config.options import normalise
 from lmdeploy.config.quantization import Storage, check_model_format, read_quantization
@@ -172,6 +174,34 @@ def test_what_is_refused_by_name(config: dict, changes: dict, code: str, text: s
         storage(config, **changes)
     assert caught.value.code == code and text in str(caught.value)
     assert caught.value.text('zh') != caught.value.text('en')
+
+
+def paths(config: dict, at: str = '') -> list[str]:
+    """The dotted paths of all fields, nested ones too."""
+    found = []
+    for name, value in config.items():
+        found.append(at + name)
+        found += paths(value, f'{at}{name}.') if isinstance(value, dict) else []
+    return found
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-3, 200) | st.floats() | st.text(max_size=12),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+                    max_leaves=5)  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_whatever_a_field_holds_it_is_read_or_refused(data: st.DataObject):
+    config = data.draw(st.sampled_from([AWQ, GPTQ, FP8, SMOOTH, PACKED]))
+    extra = ['dynamic', 'ignored_layers', 'scale_fmt', 'pack_dtype', 'w_bit', 'format']
+    changes = {data.draw(st.sampled_from(paths(config) + extra)): data.draw(JSON)}
+    try:
+        found = storage(config, **changes)
+    except ConfigError as error:
+        assert error.text('zh') and error.code in ('LMD-112', 'LMD-113', 'LMD-114', 'LMD-115', 'LMD-116')
+        return
+    assert found is None or 2 <= found.bits <= 8
 
 
 @pytest.mark.parametrize('public', [TurbomindEngineConfig, PytorchEngineConfig])

@@ -175,6 +175,7 @@ def test_quantised_inputs_by_integers(dtype, bits, group, symmetric, bias):
     assert found.dtype == torch.float32 and kernel.apply(x, packed).dtype == dtype
     allowed = tolerance(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32, float(wanted.abs().max()), 80)
     torch.testing.assert_close(found.double(), wanted, **allowed)
+    assert kernel.apply(x[:0], packed).shape == (0, 33)
     for a, b in row_groups(torch.float32 if dtype is torch.float16 else dtype):
         if b <= 9:
             assert torch.equal(kernel.apply_float(x[a:b], packed), found[a:b]), (a, b)
