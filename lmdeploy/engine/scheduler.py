@@ -35,6 +35,8 @@ from lmdeploy.log import get_logger
 
 MAX_NON_FINITE = 3  # different prompts, without a finite row between them: the weights or the device are faulty
 HEADROOM = 100  # one block in so many stays free for running requests when others are admitted
+GATHER = 32  # where slots are short, one in so many is given away at a time,
+PATIENCE = 8  # but after so many steps at most
 
 _rank = attrgetter('rank')
 Failures = list[tuple[Request, Exception]]  # requests that could not be launched, and why
@@ -68,6 +70,7 @@ class Scheduler:
         self.by_slot: list[Request | None] = [None] * self.slots  # finished ones too while steps touch them
         self.flying = 0  # rows launched and not retired
         self._free_slots = list(range(self.slots - 1, -1, -1))
+        self._held = 0  # steps since requests wait although a slot is free
         self._closed: list[int] = []  # slots that the runner has not been told to release
         self._out: list[TokenDelta] = []
         self._seq = 1
@@ -125,7 +128,7 @@ class Scheduler:
         opened: list[OpenSlot] = []
         failed: Failures = []
         spare, settled = self._plan_running(steady, decode, prefill, failed)
-        if settled:
+        if settled and not self._gathers():
             self._admit(prefill, opened, spare, failed)
         rows = len(steady.slots) + len(decode.slots) + len(prefill.slots)
         closed: tuple[int, ...] = ()
@@ -217,6 +220,16 @@ class Scheduler:
         request.preempted = True
         self.waiting.push(request)
         self.counters.preemptions += 1
+
+    def _gathers(self) -> bool:
+        """Whether to wait for more free slots where requests queue for them: a step with prompts costs more to launch
+        than one without, whether it has one prompt or many."""
+        free = len(self._free_slots)
+        if 0 < free < min(self.slots // GATHER, len(self.waiting)) and self._held < PATIENCE:
+            self._held += 1
+            return True
+        self._held = 0
+        return False
 
     def _admit(self, prefill: Columns, opened: list[OpenSlot], spare: int, failed: Failures) -> None:
         """Slots for waiting requests, as long as budget, slots and blocks for their known tokens last."""

@@ -28,8 +28,8 @@ from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.graphs import RING, Download, Kind, Record, Replay
 from lmdeploy.runner.slots import SlotTable
 
-CHUNKS = 16  # rows with more than one token
-TOKENS = (32, 64, 128, 256, 512, 1024)
+CHUNKS = 32  # rows with more than one token
+TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DECODES = (0, 8, 32, 64, 128, 256, 384, 512)
 
 

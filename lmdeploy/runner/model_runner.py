@@ -51,7 +51,7 @@ from lmdeploy.runner.tables import send
 from lmdeploy.weights.checkpoint import Checkpoint, open_checkpoint
 from lmdeploy.weights.dummy import DummyCheckpoint, read_config
 
-LAUNCH_BOUND = 2e12  # parameters times tokens of a step that a GPU runs in the time in which the host launches it
+LAUNCH_BOUND = 4e12  # parameters times tokens of a step that a GPU runs in the time in which the host launches it
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEVICE_DTYPES = {'cpu': ('float32', 'bfloat16'), 'cuda': ('float32', 'bfloat16', 'float16')}
 
@@ -129,6 +129,7 @@ class ModelRunner:
             self.__dict__.pop(name, None)
         gc.collect()
         if torch.cuda.is_initialized():
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         return_freed_memory()
 

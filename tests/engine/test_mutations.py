@@ -52,7 +52,7 @@ MUTATIONS = [
     # preemption
     Mutation('requests with launched steps are preempted', 'scheduler',
              'while at >= after and running[at].in_flight:', 'while at < 0:'),
-    Mutation('admission in a turn that preempted', 'scheduler', 'if settled:', 'if True:'),
+    Mutation('admission in a turn that preempted', 'scheduler', 'if settled and not', 'if not'),
     Mutation('the first is preempted, not the last', 'scheduler', 'at = len(running) - 1', 'at = 0; after = 0'),
     Mutation('a preempted request keeps its position', 'scheduler',
              'request.computed = request.settled = request.published = 0\n',
