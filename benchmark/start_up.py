@@ -14,6 +14,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from lmdeploy.bench.shapes import find  # noqa: E402
 from lmdeploy.config.engine import EngineConfig  # noqa: E402
 from lmdeploy.log import set_level  # noqa: E402
 
@@ -77,10 +78,12 @@ def main() -> None:
     parser.add_argument('--make', type=Path, metavar='FOLDER')
     parser.add_argument('--load', type=Path, metavar='FOLDER')
     parser.add_argument('--dummy', action='store_true', help='load config.json only')
-    parser.add_argument('--model', default='llama3-8b', help='a name in benchmark/shapes')
+    parser.add_argument('--model', default='llama3-8b', help='the shapes of a model: llama3-8b, ...')
     args = parser.parse_args()
     if args.make:
-        make(args.make, Path(__file__).parent / 'shapes' / f'{args.model}.json')
+        shape = find(f'shapes:{args.model}')
+        assert shape is not None
+        make(args.make, shape)
     if args.load:
         load(args.load, args.dummy)
 
