@@ -16,8 +16,9 @@ from lmdeploy.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
 
-TEXTS = ['The cat sat on the mat.', 'A feline rested on a rug.', 'Stock prices fell sharply today.', 'x', '今天天气很好',
-         'How do I reverse a linked list in Python?', 'word ' * 200, "it's [SEP] naïve, über-long-ish!?"]
+TEXTS = ['The cat sat on the mat.', 'A feline rested on a rug.', 'Stock prices fell sharply today.', 'x',
+         '今天天气很好', 'How do I reverse a linked list in Python?', 'word ' * 200,
+         "it's [SEP] naïve, über-long-ish!?"]
 
 
 @torch.no_grad()
