@@ -222,14 +222,10 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _gathers(self) -> bool:
-        """Whether to wait for more free slots where requests queue for them: a step with prompts costs more to launch
-        than one without, whether it has one prompt or many."""
-        free = len(self._free_slots)
-        if 0 < free < min(self.slots // GATHER, len(self.waiting)) and self._held < PATIENCE:
-            self._held += 1
-            return True
-        self._held = 0
-        return False
+        """Whether requests that queue for slots wait for more of them: steps with prompts cost more to launch."""
+        short = 0 < len(self._free_slots) < min(self.slots // GATHER, len(self.waiting))
+        self._held = self._held + 1 if short and self._held < PATIENCE else 0
+        return self._held > 0
 
     def _admit(self, prefill: Columns, opened: list[OpenSlot], spare: int, failed: Failures) -> None:
         """Slots for waiting requests, as long as budget, slots and blocks for their known tokens last."""
