@@ -30,8 +30,8 @@ def test_autoawq(tmp_path: Path) -> None:
     check(tmp_path, Storage(AWQ, bits=4, group=32, symmetric=False), load_file(PEERS / 'awq.safetensors'))
 
 
-@pytest.mark.parametrize('name', ['2', '3', '4', '8', '3act', '4act'])
+@pytest.mark.parametrize('name', [f'{bits}{kind}' for bits in (2, 3, 4, 8) for kind in ('', 'act', 'sym', 'actsym')])
 def test_autogptq(tmp_path: Path, name: str) -> None:
     layer = {key.removeprefix(f'{name}.'): tensor for key, tensor in load_file(PEERS / 'gptq.safetensors').items()
              if key.startswith(f'{name}.')}
-    check(tmp_path, Storage(GPTQ, bits=int(name[0]), group=32, symmetric=False, zero_shift=1), layer)
+    check(tmp_path, Storage(GPTQ, bits=int(name[0]), group=32, symmetric='sym' in name, zero_shift=1), layer)

@@ -41,13 +41,15 @@ def awq(folder: Path) -> dict[str, Tensor]:
     return {'qweight': qweight, 'qzeros': qzeros, 'scales': scales, 'weight': weight}
 
 
-def gptq(folder: Path, bits: int, shuffled: bool) -> dict[str, Tensor]:
+def gptq(folder: Path, bits: int, shuffled: bool, symmetric: bool) -> dict[str, Tensor]:
     """Random codes, as AutoGPTQ packs them and multiplies with them."""
     peer = module(folder / 'auto_gptq' / 'nn_modules' / 'qlinear' / 'qlinear_cuda.py')
     groups = torch.arange(INPUTS, dtype=torch.int32) // GROUP
     groups = groups[torch.randperm(INPUTS)] if shuffled else groups
     scales = (torch.rand(OUTPUTS, INPUTS // GROUP) + 0.5).half().float()
     zeros = torch.randint(1, 1 << bits, (OUTPUTS, INPUTS // GROUP)).float()
+    if symmetric:
+        zeros.fill_(1 << bits - 1)
     codes = torch.randint(0, 1 << bits, (OUTPUTS, INPUTS)).float()
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = (codes - zeros[:, groups.long()]) * scales[:, groups.long()]
@@ -60,8 +62,8 @@ def gptq(folder: Path, bits: int, shuffled: bool) -> dict[str, Tensor]:
 def main() -> None:
     torch.manual_seed(0)
     save_file(awq(Path(sys.argv[1])), HERE / 'awq.safetensors')
-    layers = {f'{bits}{"act" if shuffled else ""}': gptq(Path(sys.argv[2]), bits, shuffled)
-              for bits, shuffled in ((2, False), (3, False), (4, False), (8, False), (3, True), (4, True))}
+    layers = {f'{bits}{"act" * shuffled}{"sym" * symmetric}': gptq(Path(sys.argv[2]), bits, shuffled, symmetric)
+              for bits in (2, 3, 4, 8) for shuffled in (False, True) for symmetric in (False, True)}
     save_file({f'{name}.{part}': tensor.contiguous() for name, layer in layers.items()
                for part, tensor in layer.items()}, HERE / 'gptq.safetensors')
 
