@@ -108,7 +108,7 @@ def check_parts(build: Build, prefixes: Sequence[Prefix], in_features: int, out_
                             wanted=wanted)  # fmt: skip
         first = first or layout
         if layout.scheme != first.scheme:
-            raise _mixed(prefixes, f'{first.scheme} beside {layout.scheme}')
+            raise _mixed(prefixes, f'stored as {first.scheme} beside {layout.scheme}')
 
 
 def _mixed(prefixes: Sequence[Prefix], reason: object) -> LoadError:

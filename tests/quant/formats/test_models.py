@@ -174,7 +174,8 @@ def test_parts_of_one_layer_must_be_stored_alike(tiny: Path, tmp_path: Path, lay
     error, read = refused(packed)
     assert error.code == 'LMD-141' and not read
     assert layer in str(error) and error.params['layers'].count(',') == parts - 1
-    assert 'int4 in groups of 16, asymmetric beside dense' in str(error)
+    assert 'stored as int4 in groups of 16, asymmetric beside dense' in str(error)
+    assert '并存' in error.text('zh')
 
 
 def test_what_headers_tell_is_refused_before_a_tensor_is_read(tiny: Path, tmp_path: Path) -> None:
@@ -207,4 +208,4 @@ def test_layers_that_are_said_to_be_dense_must_be(tiny: Path, tmp_path: Path) ->
     packed, _ = write_pair(source(tiny), tmp_path, model)
     error, read = refused(packed)
     assert error.code == 'LMD-142' and not read and 'model.layers.1.mlp.gate_proj' in str(error)
-    assert 'qweight (I32)' in str(error)
+    assert 'qweight (I32)' in str(error) and '其张量为' in error.text('zh')
