@@ -15,6 +15,7 @@ from lmdeploy.quant.formats.compressed import PackedFormat, compressed_scaled
 from lmdeploy.quant.formats.dense import DenseFormat
 from lmdeploy.quant.formats.fp8 import fp8_format
 from lmdeploy.quant.formats.gptq import GPTQFormat
+from lmdeploy.quant.formats.rounded import RoundedFormat
 from lmdeploy.quant.formats.smooth import smooth_format
 from lmdeploy.weights.checkpoint import Prefix
 from lmdeploy.weights.dequant import BLOCK_TYPES
@@ -35,7 +36,7 @@ class QuantPolicy:
     """The formats that a checkpoint's configuration names, layer by layer.
 
     A layer that they do not name is dense. A layer that they name may be dense too: that shows in its tensors, and not
-    every tool lists what it left alone.
+    every tool lists what it left alone. Made-up weights are quantised when they load.
     """
 
     quantization: Quantization | None = None
@@ -52,6 +53,8 @@ class QuantPolicy:
         storage = None if self.quantization is None else self.quantization.storage(prefix.path)
         if storage is not None and (form := FORMATS[storage.format](storage)).detect(tensors):
             return form
+        if storage is not None and prefix.checkpoint.dummy:
+            return RoundedFormat(storage)
         dense = DenseFormat()
         if dense.detect(tensors) and prefix.dtype_name('weight') in (*FLOATS, 'F64', *BLOCK_TYPES):
             return dense

@@ -80,7 +80,10 @@ class Checkpoint:
         config: the content of config.json; for a GGUF file, made from its metadata.
         generation_config: the content of generation_config.json, or ``{}``.
         path: the folder or file, for messages.
+        dummy: the tensors are made up, and dense whatever the configuration says.
     """
+
+    dummy = False
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class DummyCheckpoint(Checkpoint):
         device: where tensors are made.
     """
 
+    dummy = True
+
     def __init__(self, path: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]],
                  device: torch.device) -> None:
         file = _NoFile(path)

@@ -21,12 +21,12 @@ from lmdeploy.quant.formats.base import (
     expect,
     load_bias,
     matrix_shape,
+    scheme_of,
     uncentred,
     unlike,
     with_bias,
 )
 from lmdeploy.quant.packing import pack, unpack
-from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble of a word -> output
@@ -49,8 +49,7 @@ class AWQFormat:
 
     def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
         in_features, words = matrix_shape(prefix, 'qweight')
-        scheme = QuantScheme('int', 4, self.storage.group, self.storage.symmetric)
-        layout = Layout(scheme, 8 * words, in_features)
+        layout = Layout(scheme_of(self.storage), 8 * words, in_features)
         expect(prefix, 'qweight', ((in_features, words),), ('I32',), self.name)
         expect(prefix, 'qzeros', ((layout.groups, words),), ('I32',), self.name)
         expect(prefix, 'scales', ((layout.groups, 8 * words),), FLOATS, self.name)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lmdeploy.config.quantization import Storage
 from lmdeploy.errors import LoadError
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.scheme import QuantScheme
@@ -29,6 +30,12 @@ class Layout:
     def groups(self) -> int:
         """Rows of scales."""
         return -(-self.in_features // self.scheme.group) if self.scheme.group else 1
+
+
+def scheme_of(storage: Storage) -> QuantScheme:
+    """What the numbers of a layer are that is stored so."""
+    return QuantScheme(storage.kind, storage.bits, storage.group, storage.symmetric, storage.activation,
+                       storage.activation_group, storage.static)  # fmt: skip
 
 
 class WeightFormat(Protocol):

@@ -23,6 +23,7 @@ from lmdeploy.quant.formats.base import (
     centred,
     expect,
     load_bias,
+    scheme_of,
     uncentred,
     unlike,
     with_bias,
@@ -30,7 +31,6 @@ from lmdeploy.quant.formats.base import (
 from lmdeploy.quant.formats.scaled import INPUT_SCALE, ScaledFormat
 from lmdeploy.quant.order import groups_of, order_of, ordered, unordered
 from lmdeploy.quant.packing import pack, unpack, words_for
-from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 
 WEIGHT, SCALE, SHAPE = 'weight_packed', 'weight_scale', 'weight_shape'
@@ -57,9 +57,7 @@ class PackedFormat:
         out_features, in_features = prefix.get(SHAPE).tolist()
         if not (0 < out_features < MAX_SIZE and 0 < in_features < MAX_SIZE):
             raise unlike(prefix, self.name, f'weight_shape is [{out_features}, {in_features}]')
-        scheme = QuantScheme('int', bits, storage.group, storage.symmetric, storage.activation,
-                             storage.activation_group, storage.static)  # fmt: skip
-        layout = Layout(scheme, out_features, in_features)
+        layout = Layout(scheme_of(storage), out_features, in_features)
         expect(prefix, WEIGHT, ((out_features, words_for(in_features, bits)),), ('I32',), self.name)
         expect(prefix, SCALE, self._shapes(layout), FLOATS, self.name)
         if not storage.symmetric:

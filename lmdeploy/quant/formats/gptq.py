@@ -22,13 +22,13 @@ from lmdeploy.quant.formats.base import (
     expect,
     load_bias,
     matrix_shape,
+    scheme_of,
     uncentred,
     unlike,
     with_bias,
 )
 from lmdeploy.quant.order import groups_of, order_of, ordered, unordered
 from lmdeploy.quant.packing import pack, unpack, words_for
-from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 
 
@@ -51,7 +51,7 @@ class GPTQFormat:
         in_features = words * 32 // bits
         if words_for(in_features, bits) != words or in_features * bits % 32:
             raise unlike(prefix, self.name, f'{words} words of 32 bits do not hold codes of {bits} bits')
-        layout = Layout(QuantScheme('int', bits, self.storage.group, self.storage.symmetric), out_features, in_features)
+        layout = Layout(scheme_of(self.storage), out_features, in_features)
         expect(prefix, 'qweight', ((words, out_features),), ('I32',), self.name)
         expect(prefix, 'qzeros', ((layout.groups, words_for(out_features, bits)),), ('I32',), self.name)
         expect(prefix, 'scales', ((layout.groups, out_features),), FLOATS, self.name)

@@ -22,11 +22,11 @@ from lmdeploy.quant.formats.base import (
     expect,
     load_bias,
     matrix_shape,
+    scheme_of,
     uncentred,
     unlike,
     with_bias,
 )
-from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 
 TYPES = {'int': 'I8', 'float8_e4m3fn': 'F8_E4M3', 'float8_e5m2': 'F8_E5M2'}
@@ -54,9 +54,7 @@ class ScaledFormat:
     def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
         storage = self.storage
         out_features, in_features = matrix_shape(prefix, 'weight')
-        scheme = QuantScheme(storage.kind, storage.bits, storage.group, storage.symmetric, storage.activation,
-                             storage.activation_group, storage.static)  # fmt: skip
-        layout = Layout(scheme, out_features, in_features)
+        layout = Layout(scheme_of(storage), out_features, in_features)
         expect(prefix, 'weight', ((out_features, in_features),), (TYPES[storage.kind],), self.name)
         shapes = self._shapes(layout)
         expect(prefix, self._scale(prefix), shapes, FLOATS, self.name)
