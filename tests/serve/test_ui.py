@@ -228,7 +228,7 @@ class Scripted:
         routes = Routes()
         add_page(routes)
         add_operations(routes, server.context)
-        routes.add('GET', '/v1/models', Models(server.context), Access.USER, 'models')
+        routes.add('GET', '/v1/models', Models(server.context).all, Access.USER, 'models')
         routes.add('POST', '/v1/chat/completions', self.answer, Access.USER, 'answers')
         server.app = App(server.context, routes, docs=False)
 
