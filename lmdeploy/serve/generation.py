@@ -19,7 +19,8 @@ from lmdeploy.messages import GenerationConfig
 from lmdeploy.serve.context import Running, ServerContext
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.http import Request
-from lmdeploy.serve.metrics import Clock, Outcome
+from lmdeploy.serve.ledger import Outcome
+from lmdeploy.serve.metrics import Clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lmdeploy.serve.lag import LoopLag
+from lmdeploy.serve.ledger import Ledger
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from lmdeploy.engine.metrics import EngineStats
-
-Outcome = Literal['finished', 'failed', 'cancelled']
 
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000)
 RATIOS = tuple(i / 10 for i in range(11))
@@ -73,38 +71,16 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
 
 
 @dataclass(slots=True)
-class ServerMetrics:
+class ServerMetrics(Ledger):
     """Everything that the server counts."""
 
-    accepted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    in_flight: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)  # by code of the error
-    responses: Counter[int] = field(default_factory=Counter)  # by HTTP status
     finish_reasons: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     cached_tokens: int = 0
-    unknown_fields: int = 0
     audit_dropped: int = 0
-    lag: LoopLag = field(default_factory=LoopLag)
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()})
-
-    def accept(self) -> None:
-        self.accepted += 1
-        self.in_flight += 1
-
-    def end(self, outcome: Outcome) -> None:
-        """A request that was accepted is over."""
-        self.in_flight -= 1
-        setattr(self, outcome, getattr(self, outcome) + 1)
-
-    def check(self) -> None:
-        """Assert that no request is lost."""
-        assert self.accepted == self.finished + self.failed + self.cancelled + self.in_flight
 
 
 @dataclass(slots=True)

@@ -11,13 +11,14 @@ from lmdeploy.serve.app import App
 from lmdeploy.serve.auth import Access
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.http import Request, Response, Stream, json_reply
+from lmdeploy.serve.ledger import Outcome
 from lmdeploy.serve.middleware import parse_json
 from lmdeploy.serve.openai.answers import ModelCard, ModelList, ModelPermission
 from lmdeploy.serve.operations import EXPOSITION, HealthInfo
 from lmdeploy.serve.proxy import asked
 from lmdeploy.serve.proxy.context import ProxyContext
 from lmdeploy.serve.proxy.forward import Begun, Call, Passage, first_of
-from lmdeploy.serve.proxy.metrics import Outcome, ProxyExposition
+from lmdeploy.serve.proxy.metrics import ProxyExposition
 from lmdeploy.serve.proxy.registry import Done, Registry
 from lmdeploy.serve.routes import Routes
 from lmdeploy.serve.sse import error_event

@@ -9,45 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lmdeploy.serve.lag import LoopLag
+from lmdeploy.serve.ledger import Ledger
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from lmdeploy.serve.proxy.nodes import NodeTable
 
-Outcome = Literal['finished', 'failed', 'cancelled']
-
 
 @dataclass(slots=True)
-class ProxyMetrics:
-    """Counts of the event loop's thread."""
+class ProxyMetrics(Ledger):
+    """Everything that the proxy counts."""
 
-    accepted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    in_flight: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)  # by code of the error
-    responses: Counter[int] = field(default_factory=Counter)  # by HTTP status
     retries: Counter[str] = field(default_factory=Counter)  # by reason
-    unknown_fields: int = 0
-    lag: LoopLag = field(default_factory=LoopLag)
-
-    def accept(self) -> None:
-        self.accepted += 1
-        self.in_flight += 1
-
-    def end(self, outcome: Outcome) -> None:
-        """A request that was accepted is over."""
-        self.in_flight -= 1
-        setattr(self, outcome, getattr(self, outcome) + 1)
-
-    def check(self) -> None:
-        """Assert that no request is lost."""
-        assert self.accepted == self.finished + self.failed + self.cancelled + self.in_flight
 
 
 class ProxyExposition:
