@@ -23,6 +23,15 @@ class Counters:
     preemptions: int = 0
     non_finite: int = 0  # requests that ended because their logits were not finite
 
+    def end(self, reason: str) -> None:
+        """A request ended with this finish reason."""
+        if reason == 'abort':
+            self.cancelled += 1
+        elif reason == 'error':
+            self.failed += 1
+        else:
+            self.finished += 1
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:

@@ -158,12 +158,7 @@ class PooledScheduler:
         assert request.finish is None, f'request {request.id} finishes twice'
         request.finish = finish
         del self.requests[request.id]
-        if finish.reason == 'abort':
-            self.counters.cancelled += 1
-        elif finish.reason == 'error':
-            self.counters.failed += 1
-        else:
-            self.counters.finished += 1
+        self.counters.end(finish.reason)
         if request.slot >= 0:
             self.running.remove(request)
         else:

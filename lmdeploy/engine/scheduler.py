@@ -444,12 +444,7 @@ class Scheduler:
         assert request.finish is None, f'request {request.id} finishes twice'
         request.finish = finish
         del self.requests[request.id]
-        if finish.reason == 'abort':
-            self.counters.cancelled += 1
-        elif finish.reason == 'error':
-            self.counters.failed += 1
-        else:
-            self.counters.finished += 1
+        self.counters.end(finish.reason)
         if delta is None:
             delta = TokenDelta(request.id, [], cached_tokens=request.cached_tokens, prompt_len=request.prompt_len)
         delta.finish = finish
