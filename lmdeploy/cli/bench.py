@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lmdeploy.cli.entrypoint import Command, add_common
+from lmdeploy.cli.entrypoint import Command, add_table
 from lmdeploy.cli.screen import Screen
 
 BENCHMARKS = {
@@ -17,12 +17,7 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benchmarks = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', title='benchmarks', required=True)
-    for name, benchmark in BENCHMARKS.items():
-        sub = benchmarks.add_parser(name, help=benchmark.help, description=f'{benchmark.help.capitalize()}.',
-                                    allow_abbrev=False)
-        benchmark.load().add_arguments(sub)
-        add_common(sub, suppress=True)
+    add_table(parser, BENCHMARKS, 'benchmark', 'benchmarks')
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:

@@ -22,7 +22,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
@@ -100,6 +100,16 @@ def add_common(parser: argparse.ArgumentParser, suppress: bool) -> None:
                        help='language of messages (default: LMDEPLOY_LANG, else the locale)')
     group.add_argument('--debug', action='store_true', default=argparse.SUPPRESS if suppress else False,
                        help='show the traceback of an error')
+
+
+def add_table(parser: argparse.ArgumentParser, table: Mapping[str, Command], what: str, whats: str) -> None:
+    """Commands below a command: each a ``what``, whose name ``args`` has under ``what``."""
+    commands = parser.add_subparsers(dest=what, metavar=what.upper(), title=whats, required=True)
+    for name, command in table.items():
+        sub = commands.add_parser(name, help=command.help, description=f'{command.help.capitalize()}.',
+                                  allow_abbrev=False)
+        command.load().add_arguments(sub)
+        add_common(sub, suppress=True)
 
 
 def main(argv: Sequence[str] | None = None, report: Callable[[LmdeployError], None] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lmdeploy.cli.entrypoint import Command, add_common
+from lmdeploy.cli.entrypoint import Command, add_table
 from lmdeploy.cli.screen import Screen
 
 SERVICES = {
@@ -15,12 +15,7 @@ SERVICES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    services = parser.add_subparsers(dest='service', metavar='SERVICE', title='services', required=True)
-    for name, service in SERVICES.items():
-        sub = services.add_parser(name, help=service.help, description=f'{service.help.capitalize()}.',
-                                  allow_abbrev=False)
-        service.load().add_arguments(sub)
-        add_common(sub, suppress=True)
+    add_table(parser, SERVICES, 'service', 'services')
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
