@@ -1,0 +1,1 @@
+"""lmdeploy lite: quantising a model, layer by layer."""
