@@ -60,7 +60,7 @@ class Linear:
 
     def set(self, bundle: LinearBundle) -> None:
         """Take a bundle as this layer's parameters; it is given to the kernel and not kept."""
-        case = KernelCase(bundle.scheme, self.build.dtype, self.build.device)
+        case = KernelCase(bundle.scheme, self.build.dtype, self.build.device, bundle.out_features, bundle.in_features)
         self.kernel = choose_kernel(case)
         self._packed = self.kernel.pack(bundle, case)
         self._apply = self.kernel.apply

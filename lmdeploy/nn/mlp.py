@@ -44,7 +44,7 @@ class GatedLinear:
 
     def set(self, gate: LinearBundle, up: LinearBundle) -> None:
         """Take two bundles as the parameters; they are given to the kernel and not kept."""
-        case = KernelCase(gate.scheme, self.build.dtype, self.build.device, self.out_features)
+        case = KernelCase(gate.scheme, self.build.dtype, self.build.device, self.out_features, self.in_features)
         self.kernel = choose_gated(case)
         self._packed = self.kernel.pack(gate, up, case)
         self._apply = self.kernel.apply

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lmdeploy.errors import ConfigError
 from lmdeploy.ops.cpu import features
 from lmdeploy.ops.quantize import quantize_tokens
-from lmdeploy.quant import kernels
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
 from lmdeploy.quant.kernels import (
@@ -19,6 +18,7 @@ from lmdeploy.quant.kernels import (
     Merged,
     PackedDense,
     PackedGated,
+    choice,
     choose_gated,
     choose_kernel,
 )
@@ -206,5 +206,5 @@ def test_a_users_kernel_goes_first(monkeypatch):
     class Mine(Dense):
         name = 'mine'
 
-    monkeypatch.setattr(kernels, 'LINEAR', [Mine(), *kernels.LINEAR])
+    monkeypatch.setattr(choice, 'LINEAR', [Mine(), *choice.LINEAR])
     assert choose_kernel(case()).name == 'mine'

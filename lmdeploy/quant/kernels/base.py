@@ -1,0 +1,84 @@
+"""The faces of kernels, what a choice depends on, and the bundles that dense kernels take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmdeploy.quant.bundle import LinearBundle
+from lmdeploy.quant.dequant import dequantize_bundle
+from lmdeploy.quant.scheme import FLOAT8, QuantScheme, dense_scheme
+from lmdeploy.weights.dequant import BLOCK_TYPES
+
+SCALED = ('int', *FLOAT8)  # codes with scales beside them
+KNOWN = (*SCALED, *BLOCK_TYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCase:
+    """What a choice depends on; ``dtype`` is that of the activations, widths (0: any) are those of the layer.
+
+    Of two gated layers, which have one width, it is that of each.
+    """
+
+    scheme: QuantScheme
+    dtype: torch.dtype
+    device: torch.device
+    out_features: int = 0
+    in_features: int = 0
+
+
+class LinearKernel(Protocol):
+    """One way of multiplying. ``pack`` turns a bundle into what ``apply`` wants, on the device, once."""
+
+    name: str
+
+    def refuse(self, case: KernelCase) -> list[str]: ...
+
+    def pack(self, bundle: LinearBundle, case: KernelCase) -> Any: ...
+
+    def apply(self, x: Tensor, packed: Any) -> Tensor: ...
+
+    def apply_float(self, x: Tensor, packed: Any) -> Tensor:
+        """The product in float32, which logits are; see :attr:`rounds`."""
+        ...
+
+    def rounds(self, case: KernelCase) -> bool:
+        """Whether ``apply_float`` rounds to the type of the activations on its way."""
+        ...
+
+
+class GatedKernel(Protocol):
+    """One way of computing ``activation(gate(x)) * up(x)``, for the activations of ``ops.activation.ACTIVATIONS``."""
+
+    name: str
+
+    def refuse(self, case: KernelCase) -> list[str]: ...
+
+    def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> Any: ...
+
+    def apply(self, x: Tensor, packed: Any, activation: str) -> Tensor: ...
+
+
+def dense_of(bundle: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[out, in]`` and bias of a dense bundle, in the type and on the device of ``case``."""
+    if bundle.weight is None:
+        raise TypeError(f'a bundle of scheme {bundle.scheme.name} has no dense weight')
+    bias = bundle.bias
+    return bundle.weight.to(case.device, case.dtype), None if bias is None else bias.to(case.device, case.dtype)
+
+
+def dense_case(case: KernelCase, dtype: torch.dtype) -> KernelCase:
+    """The case of the dense weight, in ``dtype``, that one of ``case`` stands for."""
+    return replace(case, scheme=dense_scheme(dtype.itemsize * 8), dtype=dtype)
+
+
+def dequantised(bundle: LinearBundle, case: KernelCase) -> LinearBundle:
+    """The dense bundle of ``case`` that a quantised one stands for."""
+    if bundle.input_transform:
+        raise TypeError(f'no kernel transforms inputs by {bundle.input_transform}')
+    weight = dequantize_bundle(bundle, case.dtype)
+    return LinearBundle(case.scheme, bundle.out_features, bundle.in_features, weight=weight, bias=bundle.bias)
