@@ -11,7 +11,8 @@ quantised. For every decoder layer, in this order:
    the site's inputs, its weights and its statistics;
 4. ``recipe.fit(site, statistics)`` for qkv, o, gate_up, down;
 5. ``recipe.tune(block)`` may change the fitted bundles, looking at the whole layer;
-6. a second pass with the quantised weights gives the next layer's inputs.
+6. the layer is written, read back from the file as anybody would read it, and a second pass with what
+   ``recipe.dense`` makes of that gives the next layer's inputs.
 
 Everything is float32 on one device and must be deterministic: a resumed run repeats it bit for bit.
 """
@@ -172,19 +173,11 @@ class Fitted:
     """A quantised site.
 
     Attributes:
-        bundles: by role; biases are the driver's business.
-        dense: weights ``[out, in] float32`` by role, by which plain inputs x are multiplied to the same effect, where
-            that is not what the bundle dequantises to (it has an ``input_transform``).
+        bundles: by role, with scales in the type in which they will be stored; biases are the driver's business.
     """
 
     bundles: dict[str, LinearBundle]
     report: SiteReport
-    dense: dict[str, Tensor] = field(default_factory=dict)
-
-    def weight(self, role: str) -> Tensor:
-        """``[out, in] float32``: what plain inputs are multiplied by."""
-        found = self.dense.get(role)
-        return dequantize_bundle(self.bundles[role], torch.float32) if found is None else found
 
 
 @dataclass(slots=True)
@@ -230,11 +223,18 @@ class Recipe(ABC):
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
         """Quantise the site; called only where :meth:`storage` is not None. What it is given may be used up."""
 
+    def dense(self, bundle: LinearBundle) -> Tensor:
+        """``[out, in] float32``: what plain inputs are multiplied by to the same effect as by ``bundle``; to be given
+        where that is not what it dequantises to, because it has an ``input_transform``."""
+        return dequantize_bundle(bundle, torch.float32)
+
     def transform_top(self, top: TopWeights) -> None:
         """Change embedding, final norm and head in place, before any layer."""
+        return None
 
     def transform(self, layer: LayerWeights) -> None:
         """Change a layer in place, right after it is read; function-preserving together with :meth:`transform_top`."""
+        return None
 
     def scale(self, site: Site, statistics: SiteStatistics) -> Tensor | None:
         """``[site.channels] float32``, all positive: scales to move from the inputs into the weights; None: none."""
@@ -242,6 +242,7 @@ class Recipe(ABC):
 
     def tune(self, block: Block) -> None:
         """Improve ``block.fitted`` in place."""
+        return None
 
     def extra_config(self) -> dict[str, object]:
         """Fields that ``quantization_config`` needs beyond those of the storages (such as ``transform_config``)."""
