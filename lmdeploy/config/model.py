@@ -13,6 +13,7 @@ from typing import Any
 from lmdeploy.config.fields import Fields, shown
 from lmdeploy.config.quantization import Quantization, read_quantization
 from lmdeploy.config.rope import MAX_POSITIONS, RopeConfig, RopeContext, read_rope
+from lmdeploy.config.vision import VISION_MODELS, is_vision_model, language_config
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import get_logger
 
@@ -78,6 +79,7 @@ class ModelConfig:
         context_len: the context length that the model's authors name.
         dtype_name: what the weights were trained or stored in, ``''`` if the config does not say.
         quantization: how linear layers are stored; None: none is quantised.
+        wrapper: architecture of the vision model whose language part this is; ``''``: of none.
     """
 
     architecture: str
@@ -106,6 +108,7 @@ class ModelConfig:
     pad_token_id: int | None
     dtype_name: str
     quantization: Quantization | None = None
+    wrapper: str = ''
 
     @staticmethod
     def from_dict(
@@ -143,13 +146,18 @@ def _architecture(top: Fields) -> str:
     names = top.raw('architectures')
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ConfigError('LMD-112', field='architectures', wanted='a list with the name of an architecture')
+    if is_vision_model(top.values):
+        return language_config(top.values)[0]
     if names[0] not in FAMILIES:
-        raise ConfigError('LMD-110', architecture=names[0][:80], known=', '.join(sorted(FAMILIES)))
+        raise ConfigError('LMD-110', architecture=names[0][:80],
+                          known=', '.join(sorted((*FAMILIES, *VISION_MODELS))))  # fmt: skip
     return names[0]
 
 
 def _language_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The object that describes the language model, and its path."""
+    if is_vision_model(config):
+        return language_config(config)[1:]
     for key in NESTED_KEYS:
         nested = config.get(key)
         if isinstance(nested, Mapping):
@@ -203,6 +211,7 @@ def _read(architecture: str, family: Family, fields: Fields, top: Fields, sessio
         pad_token_id=pad[0] if pad else None,
         dtype_name=_dtype_name(fields, top),
         quantization=read_quantization(top.values),
+        wrapper=top.raw('architectures')[0] if is_vision_model(top.values) else '',
     )
 
 

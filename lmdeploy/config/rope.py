@@ -6,7 +6,7 @@ object per kind of layer where a model has several.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmdeploy.config.fields import Fields
 from lmdeploy.errors import ConfigError
@@ -33,6 +33,7 @@ class RopeConfig:
         mscale, mscale_all_dim: yarn: where both are given, the attention factor is the ratio of their two scales.
         truncate: yarn: whether the blending range is rounded to whole channels.
         factors: frequency_factors: what the frequencies are divided by, one per pair of channels.
+        sections: how many frequencies take each of the three rows of positions; empty: there is one row.
     """
 
     rope_type: str = 'default'
@@ -50,6 +51,7 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,26 @@ def _rotary_dim(config: Fields, context: RopeContext) -> int:
 
 
 def _read(scaling: Fields, base: Fields, context: RopeContext) -> RopeConfig:
+    return replace(_read_type(scaling, base, context), sections=_sections(scaling, _rotary_dim(base, context)))
+
+
+def _sections(scaling: Fields, dim: int) -> tuple[int, ...]:
+    if not scaling.has('mrope_section'):
+        return ()
+    if scaling.flag('mrope_interleaved', False):
+        raise ConfigError('LMD-115', field=f'{scaling.path}mrope_interleaved', value='True', known='False')
+    given = scaling.raw('mrope_section')
+    if not isinstance(given, list) or len(given) != 3 or not all(type(n) is int and n >= 0 for n in given) or (
+            2 * sum(given) != dim):
+        raise scaling.bad('mrope_section', f'three numbers whose sum is {dim // 2}')
+    return tuple(given)
+
+
+def _read_type(scaling: Fields, base: Fields, context: RopeContext) -> RopeConfig:
     key = 'rope_type' if scaling.has('rope_type') else 'type'
     rope_type = scaling.text(key, 'default')
+    if rope_type == 'mrope' and scaling.has('mrope_section'):
+        rope_type = 'default'
     theta = base.number('rope_theta', 1.0, MAX_THETA, context.theta)
     dim = _rotary_dim(base, context)
     if rope_type == 'default' and context.stretch > 1:

@@ -152,6 +152,8 @@ class Decoder:
         self.prepare(batch, kv)
         tables = [rotary(batch.positions) for rotary in self.ropes]
         x, residual, post = self.embedding(batch.token_ids), None, None
+        if batch.embeds is not None:
+            x = x.index_copy(0, batch.embeds.rows, batch.embeds.values)
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, post, tables[self.layer_ropes[i]], kv.layer(i), batch)
             post = layer.mlp_post_norm

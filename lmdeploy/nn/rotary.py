@@ -41,15 +41,33 @@ def dynamic_theta(config: RopeConfig) -> float:
 
 
 class Rotary:
-    """Angles of one rope on one device."""
+    """Angles of one rope on one device.
+
+    Where the rope has sections, positions may have three rows: the first ``sections[0]`` frequencies turn with the
+    first row, and so on (Qwen2-VL's M-RoPE, Wang et al. 2024).
+    """
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         frequencies, self.factor = inverse_frequencies(config)
         self.frequencies = frequencies.to(device)
+        rows = torch.tensor(config.sections or (self.frequencies.numel(), 0, 0))
+        self.row = torch.arange(3).repeat_interleave(rows).to(device)  # of positions, for each frequency
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of :func:`lmdeploy.ops.rope.rope` for ``positions [T]``: two ``[T, 1, rotary_dim] float32``."""
+        """The tables of :func:`lmdeploy.ops.rope.rope` for ``positions [T]`` or ``[3, T] int32``.
+
+        Returns:
+            Two ``[T, 1, rotary_dim] float32``.
+        """
+        if positions.dim() == 2:
+            return _turned(positions.float()[self.row].t()[:, None] * self.frequencies, self.factor)
         return rope_tables(positions, self.frequencies, self.factor)
+
+
+def _turned(angles: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The tables of ``angles [T, 1, R / 2]``."""
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def _frequencies(theta: float, dim: int) -> Tensor:

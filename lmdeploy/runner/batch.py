@@ -12,6 +12,19 @@ _UNSET: Any = None
 
 
 @dataclass(slots=True)
+class ImageEmbeds:
+    """What stands in the place of the embeddings of some tokens of a step.
+
+    Attributes:
+        rows: ``[n] int64``, which of the T tokens.
+        values: ``[n, hidden]``, of the model's type.
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
+@dataclass(slots=True)
 class ForwardBatch:
     """B rows with T query tokens in all; row i's tokens are ``query_start[i]:query_start[i+1]``.
 
@@ -24,7 +37,7 @@ class ForwardBatch:
     """
 
     token_ids: Tensor  # [T] int32
-    positions: Tensor  # [T] int32 ([3, T] for m-rope)
+    positions: Tensor  # [T] int32, or [3, T] for a model whose positions have three rows (equal ones where it is [T])
     kv_slots: Tensor  # [T] int64: block * block_size + offset; padding tokens point into the null block 0
     query_start: Tensor  # [B+1] int32
     kv_lens: Tensor  # [B] int32: tokens in the cache after this step's writes
@@ -35,7 +48,7 @@ class ForwardBatch:
     host_query_start: list[int]
     host_kv_lens: list[int]
     plan: Any = None  # the attention backend's private data for this step
-    embeds: Any = None  # image embeddings and where they go
+    embeds: ImageEmbeds | None = None  # None: the step has no tokens of pictures
     table_rows: Tensor = field(default=_UNSET)  # [B] int32: row i reads block_table[table_rows[i]]; else its own row i
     num_decode: int = 0  # so many leading rows have exactly one query token
     static: bool = False

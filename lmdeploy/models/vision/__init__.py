@@ -1,0 +1,1 @@
+"""Vision encoders: tiles of pictures to embeddings in the decoder's space."""

@@ -1,0 +1,107 @@
+"""Processor: from a picture to the tiles that a vision tower reads; Pillow and numpy alone.
+
+Pixels stay bytes: what the tower reads are the float32 values of ``PictureConfig.levels``, which the encoder looks up on
+its device. So a prepared picture takes a quarter of the memory, on the way to the engine's process too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from lmdeploy.config.vision import Layout, PictureConfig, VisionModelConfig
+from lmdeploy.errors import RequestError
+
+DETAILS = {'low': 6, 'medium': 12, 'high': 24}  # tiles at most
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What a message may ask for one picture; what does not concern a model is passed over.
+
+    Attributes:
+        max_dynamic_patch: tiles at most, for pictures that are cut into a grid.
+        detail: ``'low'``, ``'medium'``, ``'high'``: the same in words; ``'auto'`` and ``''``: the model's own.
+        min_pixels, max_pixels: for pictures that keep their own shape.
+    """
+
+    max_dynamic_patch: int | None = None
+    detail: str = ''
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+PLAIN = ImageOptions()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Processed:
+    """A prepared picture.
+
+    Attributes:
+        pixels: ``[tiles, 3, H, W] uint8``, contiguous.
+    """
+
+    pixels: np.ndarray
+    layout: Layout
+
+
+class Processor(Protocol):
+    """Prepares the pictures of one model; safe to use from several threads."""
+
+    def layout(self, size: tuple[int, int], options: ImageOptions = PLAIN) -> Layout:
+        """What a picture of ``(width, height)`` becomes, without its pixels.
+
+        Raises:
+            RequestError: LMD-650 to LMD-652: no such picture can be read, or the options are impossible.
+        """
+        ...
+
+    def process(self, image: Image.Image, options: ImageOptions = PLAIN) -> Processed:
+        """The picture as tiles; raises as :meth:`layout`."""
+        ...
+
+
+def build_processor(config: VisionModelConfig) -> Processor:
+    """The processor of a model."""
+    from lmdeploy.vl.processors import anyres, internvl, native, square
+
+    kinds = {'internvl': internvl.InternVLProcessor, 'crop': square.SquareProcessor, 'squash': square.SquareProcessor,
+             'anyres': anyres.AnyresProcessor, 'native': native.NativeProcessor}  # fmt: skip
+    return kinds[config.picture.tiling](config)
+
+
+def most_tiles(options: ImageOptions, usual: int, cap: int) -> int:
+    """The tiles that one picture may have at most.
+
+    Raises:
+        RequestError: LMD-650: not between 1 and ``cap``; LMD-651: no such detail.
+    """
+    if options.max_dynamic_patch is not None:
+        if not 1 <= options.max_dynamic_patch <= cap:
+            raise RequestError('LMD-650', value=options.max_dynamic_patch, most=cap)
+        return options.max_dynamic_patch
+    if options.detail in ('', 'auto'):
+        return usual
+    if options.detail not in DETAILS:
+        raise RequestError('LMD-651', value=options.detail[:40], known=', '.join((*DETAILS, 'auto')))
+    return DETAILS[options.detail]
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture in three channels of 8 bits."""
+    return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def channels_first(*tiles: Image.Image) -> np.ndarray:
+    """``[n, 3, H, W] uint8`` of RGB pictures of one size."""
+    return np.stack([np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1)) for tile in tiles])
+
+
+def normalised(pixels: np.ndarray, picture: PictureConfig) -> np.ndarray:
+    """``[n, 3, H, W] uint8`` to the float32 values that the tower reads."""
+    levels = np.array(picture.levels(), np.float32)
+    return np.stack([levels[channel][pixels[:, channel]] for channel in range(3)], 1)

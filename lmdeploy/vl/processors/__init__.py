@@ -1,0 +1,1 @@
+"""Pictures to tiles, one module per way of cutting them."""
