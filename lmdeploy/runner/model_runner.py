@@ -44,7 +44,7 @@ from lmdeploy.runner.memory import (
     weight_bytes,
 )
 from lmdeploy.runner.mixed import MixedGraphs, MixedStep
-from lmdeploy.runner.profile import idle_plans, peak_bytes
+from lmdeploy.runner.profile import idle_plans, idle_report, peak_bytes
 from lmdeploy.runner.sampler import Sampler, Sites
 from lmdeploy.runner.slots import ROWS_ALL, ROWS_NONE, SlotTable
 from lmdeploy.runner.tables import send
@@ -182,6 +182,7 @@ class ModelRunner:
                 batch, outputs = inputs.build(plan, self.slots)
                 self._step(plan, batch, outputs).result()
         self.slots.plain[scratch] = True
+        idle_report(self.slots, self.model_config.vocab_size)
 
     def _record_graphs(self) -> None:
         """Graphs where the device has them and the model can be recorded."""

@@ -11,6 +11,8 @@ import torch
 from lmdeploy.engine.plan import OUTPUT_LAST, StepPlan
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.models.registry import CausalLM
+from lmdeploy.ops.logits import log_normaliser
+from lmdeploy.ops.sample import ranked
 from lmdeploy.ops.slots import sample_slots
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.memory import MemoryPlan
@@ -100,3 +102,10 @@ def idle_plans(plan: MemoryPlan, scratch: int) -> Iterator[StepPlan]:
         yield idle_plan(scratch, decodes, ())
     several = min(20, plan.max_batch_size)
     yield idle_plan(scratch, 0, (max(1, min(most, plan.max_step_tokens // several)),) * several)
+
+
+def idle_report(slots: SlotTable, vocab_size: int) -> None:
+    """What log-probabilities need beside the kernels of every step: no plan asks for them, but a request may."""
+    logits = torch.zeros(1, vocab_size, device=slots.device)
+    log_normaliser(logits)
+    ranked(logits, 1)

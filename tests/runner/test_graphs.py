@@ -14,6 +14,7 @@ from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.request import EngineInput
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.local import LocalExecutor
+from lmdeploy.ops.table import Op
 from lmdeploy.runner.graphs import GraphRunner, Kind, buckets, rerun
 from lmdeploy.runner.mixed import Key, MixedGraphs
 
@@ -140,6 +141,22 @@ def test_chunks_beside_decodes_give_what_the_eager_runner_gives(tmp_path, launch
     core = start(tmp_path, record=rerun, max_step_tokens=70)
     assert serve(core, simple) == wanted
     assert len({(key.decodes, key.tokens) for key in launched if isinstance(key, Key)}) > 2
+
+
+def test_every_op_that_requests_need_has_run_at_the_start(tmp_path, monkeypatch):
+    """So that its kernels are compiled before requests wait, on a device that compiles."""
+    called, call = set(), Op.__call__
+    monkeypatch.setattr(Op, '__call__', lambda self, *args: (called.add(self.name), call(self, *args))[1])
+
+    def run_and_record(step):
+        step()
+        return step
+
+    core = start(tmp_path, record=run_and_record)
+    at_start = set(called)
+    serve(core, requests(45))
+    without_kernels = {'contain_non_finite'}
+    assert called - at_start <= without_kernels and {'ranked', 'sample_slots', 'chunk_inputs'} <= at_start
 
 
 def test_a_graph_that_memory_does_not_allow_is_done_without(tmp_path):

@@ -33,7 +33,7 @@ def _tile_best_kernel(logits, found, vocab, tiles, TILE: tl.constexpr, MOST: tl.
     tl.store(found + (row * tiles + tile) * MOST + tl.arange(0, MOST), best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['k'])
 def _row_best_kernel(found, values, ids, number, k, SIZE: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     if PDL:
