@@ -12,8 +12,8 @@ from lmdeploy.ops.triton import sample
 from tests.ops.triton.conftest import INTERPRETED
 
 TILE = 128 if INTERPRETED else sample.TILE
-VOCABS = (64, 200) if INTERPRETED else (64, 4096, 5000, 151936)
-ROWS = 10 if INTERPRETED else 64
+VOCABS = (64, 200) if INTERPRETED else (5000, 151936)  # few of them: a GPU's kernels are compiled for each
+ROWS = 10 if INTERPRETED else 32
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 
 
@@ -77,7 +77,8 @@ def logits_of(vocab: int, seed: int, scale: float, coarse: bool) -> torch.Tensor
 
 @pytest.mark.parametrize('vocab', VOCABS)
 @pytest.mark.parametrize(('scale', 'coarse', 'counted', 'sizes'), [
-    (3.0, False, False, None), (3.0, True, True, None), (0.3, False, False, (4, 64)), (0.3, True, False, (4, 8))])
+    (3.0, True, True, None), (0.3, False, False, (4, 64)), *(
+        [(3.0, False, False, None), (0.3, True, False, (4, 8))] if INTERPRETED else [])])
 def test_slots(vocab, scale, coarse, counted, sizes, device, monkeypatch):
     """``sizes``: of the sorted and the unsorted list."""
     if sizes is not None:
@@ -125,7 +126,7 @@ def test_rows_do_not_depend_on_their_neighbours(device):
         assert sample.triton_sample_slots(*alone)[0] == whole[i]
 
 
-@pytest.mark.parametrize('vocab', VOCABS[:1 if INTERPRETED else 2])
+@pytest.mark.parametrize('vocab', VOCABS[:1])
 def test_given_numbers(vocab, device):
     """``draw`` walks over the whole distribution."""
     random = np.random.default_rng(0)
