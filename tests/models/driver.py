@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Driver:
         return ForwardBatch(
             put(tokens + pad), put(positions + pad), put(slots + pad, torch.int64), put(start), put(lens), put(table),
             put(list(range(len(tokens))), torch.int64), max(len(ids) for _, ids in work), max(lens), start, lens,
+            num_decode=len(list(takewhile(lambda one: len(one[1]) == 1, work))),
         )  # fmt: skip
 
     def step(self, work: Sequence[tuple[Row, Sequence[int]]], padding: int = 0) -> list[Tensor]:
