@@ -95,11 +95,11 @@ def _gemm_kernel(
         acc = tl.dot(a, b, acc)
         w_at += BK
         x_at += BK
-    _finish(acc, tile, part, tokens, bias, y, parts, arrived, M, N, y_stride, BM, BN, SPLIT, GATE, HAS_BIAS)
+    finish(acc, tile, part, tokens, bias, y, parts, arrived, M, N, y_stride, BM, BN, SPLIT, GATE, HAS_BIAS)
 
 
 @triton.jit
-def _finish(acc, tile, part, tokens, bias, y, parts, arrived, M, N, y_stride, BM: tl.constexpr, BN: tl.constexpr,
+def finish(acc, tile, part, tokens, bias, y, parts, arrived, M, N, y_stride, BM: tl.constexpr, BN: tl.constexpr,
             SPLIT: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
     """Add up a tile's parts (the program that comes last does) and store it."""
     if SPLIT == 1:
