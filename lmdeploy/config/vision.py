@@ -26,7 +26,7 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 BICUBIC = 3  # Pillow's number
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh', 'quick_gelu': 'quick_gelu',
                'silu': 'silu', 'relu': 'relu'}  # fmt: skip
-MAX_TILES = 256
+MAX_TILES = 64
 TowerKind = Literal['intern', 'clip', 'siglip', 'qwen2', 'qwen2_5']
 Tiling = Literal['internvl', 'crop', 'squash', 'anyres', 'native']
 
@@ -121,6 +121,16 @@ class Layout:
     tiles: int
     tokens: int
     patches: int
+
+
+def unpadded(size: tuple[int, int], rows: int, columns: int) -> tuple[range, range]:
+    """The rows and columns that a picture of ``size`` fills of a canvas into which it was scaled, in the middle."""
+    width, height = size
+    if width / height > columns / rows:
+        margin = (rows - int(round(height * (columns / width), 7))) // 2
+        return range(margin, rows - margin), range(columns)
+    margin = (columns - int(round(width * (rows / height), 7))) // 2
+    return range(rows), range(margin, columns - margin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '图片尺寸 {width} x {height} 过于狭长：该模型可读的图片长宽比最大为 {most}。请将其切成多张。',
     },
     'LMD-653': {
-        'en': 'min_pixels = {least}, max_pixels = {most}: both must be at least 1, and the first not above the second.',
-        'zh': 'min_pixels = {least}，max_pixels = {most}：两者至少为 1，且前者不得大于后者。',
+        'en': 'min_pixels = {least}, max_pixels = {most}: both must be from 1 to {cap}, what the model was made for, and '
+              'the first not above the second.',
+        'zh': 'min_pixels = {least}，max_pixels = {most}：两者应在 1 到该模型的上限 {cap} 之间，且前者不得大于后者。',
     },
 }

@@ -15,7 +15,7 @@ from PIL import Image
 from lmdeploy.config.vision import Layout, PictureConfig, VisionModelConfig
 from lmdeploy.errors import RequestError
 
-DETAILS = {'low': 6, 'medium': 12, 'high': 24}  # tiles at most
+LONGEST = 200  # times as long as wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Processor(Protocol):
         """What a picture of ``(width, height)`` becomes, without its pixels.
 
         Raises:
-            RequestError: LMD-650 to LMD-652: no such picture can be read, or the options are impossible.
+            RequestError: LMD-650 to LMD-653: no such picture can be read, or the options are impossible.
         """
         ...
 
@@ -74,25 +74,22 @@ def build_processor(config: VisionModelConfig) -> Processor:
     return kinds[config.picture.tiling](config)
 
 
-def most_tiles(options: ImageOptions, usual: int, cap: int) -> int:
-    """The tiles that one picture may have at most.
+def check_shape(size: tuple[int, int]) -> None:
+    """Refuse a picture whose sides cannot be scaled together.
 
     Raises:
-        RequestError: LMD-650: not between 1 and ``cap``; LMD-651: no such detail.
+        RequestError: LMD-652.
     """
-    if options.max_dynamic_patch is not None:
-        if not 1 <= options.max_dynamic_patch <= cap:
-            raise RequestError('LMD-650', value=options.max_dynamic_patch, most=cap)
-        return options.max_dynamic_patch
-    if options.detail in ('', 'auto'):
-        return usual
-    if options.detail not in DETAILS:
-        raise RequestError('LMD-651', value=options.detail[:40], known=', '.join((*DETAILS, 'auto')))
-    return DETAILS[options.detail]
+    width, height = size
+    if max(size) > LONGEST * min(size):
+        raise RequestError('LMD-652', width=width, height=height, most=LONGEST)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The picture in three channels of 8 bits."""
+    """The picture in three channels of 8 bits; what is transparent lies on white."""
+    if 'A' in image.getbands() or image.info.get('transparency') is not None:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, (255, 255, 255, 255)), image)
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
