@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.config.quantization import Storage
+from lmdeploy.ops.quantize import quantize_tokens
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
 
@@ -97,12 +98,14 @@ class Site:
         tie: ``[in] int64``: which channel of the producer's scale each input channel takes. The producer is the norm
             before (qkv, gate_up: all channels their own), v's outputs (o: query heads that share a key head share a
             scale) or up's outputs (down). Fold ``s [tie.max() + 1]``: producer / s, inputs' columns * s[tie].
+        notes: what ``scale`` leaves for the report that ``fit`` makes: choices, and ``'baseline'``.
     """
 
     layer: int
     name: SiteName
     linears: tuple[LinearWeights, ...]
     tie: Tensor
+    notes: dict[str, str | float | int | bool] = field(default_factory=dict)
 
     @property
     def in_features(self) -> int:
@@ -221,12 +224,21 @@ class Recipe(ABC):
 
     @abstractmethod
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
-        """Quantise the site; called only where :meth:`storage` is not None. What it is given may be used up."""
+        """Quantise the site; called only where :meth:`storage` is not None. The statistics may be used up."""
 
     def dense(self, bundle: LinearBundle) -> Tensor:
         """``[out, in] float32``: what plain inputs are multiplied by to the same effect as by ``bundle``; to be given
         where that is not what it dequantises to, because it has an ``input_transform``."""
         return dequantize_bundle(bundle, torch.float32)
+
+    def inputs(self, bundle: LinearBundle, x: Tensor) -> Tensor:
+        """``x [tokens, in]`` as ``bundle`` sees it: with its activations rounded, if it rounds them, token by token."""
+        kind = bundle.scheme.activation
+        if not kind or bundle.scheme.static:
+            return x
+        codes, scales = quantize_tokens.reference(x, kind, bundle.scheme.activation_group)
+        group = bundle.scheme.activation_group or x.shape[-1]
+        return codes.float() * scales.repeat_interleave(group, 1)[:, :x.shape[-1]]
 
     def transform_top(self, top: TopWeights) -> None:
         """Change embedding, final norm and head in place, before any layer."""
