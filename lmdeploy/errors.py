@@ -19,6 +19,7 @@ English), :meth:`LmdeployError.text` gives the other language. Code ranges:
 501   the server
 560   the proxy
 580   clients of the server
+600   quantising a model
 ====  ==========================================================
 """
 

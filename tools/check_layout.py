@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'bench': DEVICE | {'engine', 'executor', 'models', 'runner', 'serve.fetch', 'serve.listener'},
     'pipe': {'frontend'},
     'serve': {'frontend', 'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl', 'hub'},
-    'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops'},
+    'lite': {'models', 'quant', 'weights', 'tokenizer', 'chat', 'vl', 'hub', 'nn', 'parallel', 'ops', 'runner'},
 }
 ROOTS = {'__init__', '__main__', 'api', 'cli', 'extend'}  # compose everything; nothing below may import them
 PROCESS_ROOTS = {('engine', 'process.py')}  # a program of its own that composes an engine

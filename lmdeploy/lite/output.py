@@ -51,8 +51,10 @@ def quantization_config(source: Source, recipe: Recipe) -> dict[str, object]:
         if len(storages) > 1:
             if method != GPTQ:
                 raise ValueError(f'{method} stores all layers in one way')
-            config['dynamic'] = {f'^{_escaped(name)}$': {'bits': s.bits, 'group_size': s.group or -1, 'sym': s.symmetric}
-                                 for name, s in where.items() if s is not None and s != main}  # fmt: skip
+            others = {name: s for name, s in where.items() if s is not None and s != main}
+            config['dynamic'] = {
+                f'^{_escaped(name)}$': {'bits': s.bits, 'group_size': s.group or -1, 'sym': s.symmetric}
+                for name, s in others.items()}  # fmt: skip
     return config | recipe.extra_config()
 
 

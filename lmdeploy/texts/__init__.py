@@ -14,7 +14,7 @@ from lmdeploy.texts.fragments import PARAMS, translate
 
 LANGUAGES = ('en', 'zh')
 AREAS = ('source', 'model', 'weights', 'tokenizer', 'chat', 'resources', 'options', 'requests', 'grammar', 'engine',
-         'cli', 'server', 'proxy', 'client', 'bench', 'vision')
+         'cli', 'server', 'proxy', 'client', 'bench', 'vision', 'media', 'lite')
 
 
 @cache

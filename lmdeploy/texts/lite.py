@@ -1,0 +1,63 @@
+"""Texts of ``lmdeploy lite``."""
+
+TEXTS: dict[str, dict[str, str]] = {
+    'LMD-600': {
+        'en': '{model} is quantised already ({method}), and what rounding took away does not come back. Give the '
+              'original model in 16 bits, or a GGUF file.',
+        'zh': '{model} 已经量化（{method}），被舍入丢掉的信息无法恢复。请给出 16 位的原始模型或 GGUF 文件。',
+    },
+    'LMD-601': {
+        'en': 'the layers of {model} hold {count} tensors that are not part of {architecture}: {tensors}. They would be '
+              'lost, so nothing was begun. Only plain decoders of the known architectures can be quantised.',
+        'zh': '{model} 的层中有 {count} 个张量不属于 {architecture}：{tensors}。量化会丢失它们，因此没有开始。'
+              '只能量化已知架构的普通解码器。',
+    },
+    'LMD-602': {
+        'en': 'the inputs of {site} are not finite (channel {channel}) for some calibration token: the weights of this '
+              'layer or of one before it are damaged, or overflow. What is done so far is kept; check the model.',
+        'zh': '某个校准 token 使 {site} 的输入出现非有限值（通道 {channel}）：该层或之前某层的权重已损坏或溢出。'
+              '已完成的部分会保留；请检查模型。',
+    },
+    'LMD-603': {
+        'en': '{folder} holds other files ({files}), and a model is only written to a folder of its own. Give another '
+              '--work-dir.',
+        'zh': '{folder} 中有其他文件（{files}），而模型只会写入它自己的目录。请换一个 --work-dir。',
+    },
+    'LMD-604': {
+        'en': '{folder} belongs to a run with another model, recipe or calibration text. Give another --work-dir, or '
+              '--restart to delete what is there and begin again.',
+        'zh': '{folder} 属于另一次运行（模型、方法或校准文本不同）。请换一个 --work-dir，或用 --restart 删除其中内容后重新开始。',
+    },
+    'LMD-605': {
+        'en': '{folder} cannot be written: {reason}. Give another --work-dir.',
+        'zh': '无法写入 {folder}：{reason}。请换一个 --work-dir。',
+    },
+    'LMD-606': {
+        'en': 'groups of {group} do not divide the {width} inputs of {layer} ({remainder} would be left over). '
+              'Give --w-group-size {proposal}, which divides all layers of this model (possible: {possible}).',
+        'zh': '每组 {group} 个通道无法整除 {layer} 的 {width} 个输入（余 {remainder}）。'
+              '请使用 --w-group-size {proposal}，它能整除该模型的所有层（可用：{possible}）。',
+    },
+    'LMD-607': {
+        'en': 'the calibration text {path} cannot be used: {reason}.',
+        'zh': '校准文本 {path} 无法使用：{reason}。',
+    },
+    'LMD-608': {
+        'en': 'there is no calibration text named {name!r}. Known: {known}; or give a file (text or .jsonl) or a folder '
+              'of such files.',
+        'zh': '没有名为 {name!r} 的校准文本。可用：{known}；也可以给出文件（文本或 .jsonl）或由此类文件组成的目录。',
+    },
+    'LMD-609': {
+        'en': 'the calibration text {name} has only {found} tokens, and a sample takes {wanted}. Lower '
+              '--calib-seqlen, or give more text.',
+        'zh': '校准文本 {name} 只有 {found} 个 token，而一个样本需要 {wanted} 个。请减小 --calib-seqlen，或提供更多文本。',
+    },
+    'LMD-610': {
+        'en': '{option} cannot be {value}: {reason}.',
+        'zh': '{option} 不能为 {value}：{reason}。',
+    },
+    'LMD-611': {
+        'en': '--calib-seqlen {value} is more than the {most} tokens that this model takes.',
+        'zh': '--calib-seqlen {value} 超过该模型支持的 {most} 个 token。',
+    },
+}
