@@ -11,17 +11,17 @@ import time
 
 import pytest
 
-from lmdeploy import GenerationConfig, Pipeline
+from lmdeploy import GenerationConfig, Pipeline, PytorchEngineConfig, pipeline
 from lmdeploy.engine.client import ThreadClient
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor, continuation
 from lmdeploy.engine.sampling import SamplingParams
-from lmdeploy.errors import RequestError
+from lmdeploy.errors import LoadError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend.frontend import AsyncFrontend
 from lmdeploy.pipe import GREEDY_WARNING
 from lmdeploy.tokenizer import Tokenizer
-from tests.toy import write_tokenizer
+from tests.toy import write_model, write_tokenizer
 
 VOCAB, SESSION = 303, 96
 
@@ -372,3 +372,13 @@ def test_what_is_not_there_says_so(build):
         pipe.get_reward_score([1, 2])
     with pytest.raises(RequestError, match='LMD-313'):
         pipe('a', adapter_name='x')
+
+
+def test_a_model_without_weights(tmp_path):
+    """``empty_init`` needs the configuration and the tokenizer alone."""
+    folder = write_model(tmp_path / 'model')
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(LoadError, match='LMD-'):
+        pipeline(str(folder), PytorchEngineConfig(device_type='cpu'))
+    with pipeline(str(folder), PytorchEngineConfig(device_type='cpu', empty_init=True)) as pipe:
+        assert pipe('time', GenerationConfig(max_new_tokens=5, ignore_eos=True)).generate_token_len == 5
