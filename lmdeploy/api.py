@@ -90,10 +90,10 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
 def start_line(capacity: Capacity) -> str:
     """One line that says what really runs."""
     chosen: dict[str, Any] = dict(capacity.choices)
-    runner = chosen.pop('runner', 'eager')
+    runner, cache = chosen.pop('runner', 'eager'), chosen.pop('cache', '')
     parts = [f'{runner} runner on {capacity.device}', *(f'{what} {how}' for what, how in chosen.items())]
     tokens = capacity.num_blocks * capacity.block_size
-    parts.append(f'{tokens:,} tokens of KV cache ({capacity.kv_bytes / 2**30:.1f} GiB)')
+    parts.append(f'{tokens:,} tokens of {cache} KV cache ({capacity.kv_bytes / 2**30:.1f} GiB)')
     parts.append(f'batch {capacity.max_batch_size}, session {capacity.session_len}')
     return 'engine: ' + ', '.join(parts)
 

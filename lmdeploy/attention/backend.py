@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import KVCache, KVLayer
 from lmdeploy.ops import plugins
+from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
 from lmdeploy.runner.batch import ForwardBatch
@@ -21,12 +22,14 @@ class AttentionCase:
 
     Attributes:
         windows: the distinct sliding windows of its layers; 0 is a full layer.
+        bits: of the codes that the cache holds; 0: it holds numbers.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     windows: tuple[int, ...] = (0,)
+    bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Rotation:
     Attributes:
         cos, sin: ``[T, 1, R] float32``, see :func:`lmdeploy.ops.rope.rope`.
         q_weight, k_weight: ``[D]`` of the norms over each head before it, with ``eps``; None: there are none.
+        offset: what is taken off the keys before they become codes, if anything.
     """
 
     cos: Tensor
@@ -43,15 +47,23 @@ class Rotation:
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
     eps: float = 1e-6
+    offset: KeyOffset | None = None
 
     def split(self, qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[T, heads, D]`` and keys ``[T, kv_heads, D]``, float32, and values, of qkv's dtype."""
+        """Queries ``[T, heads, D]`` and keys ``[T, kv_heads, D]``, float32, and values, of qkv's dtype.
+
+        The offset is off the keys.
+        """
         heads = qkv.shape[1] - 2 * kv_heads
         q, k, v = qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
-        if self.q_weight is None or self.k_weight is None:
+        normed = self.q_weight is not None and self.k_weight is not None
+        if not normed and self.offset is None:
             qk = rope(qkv[:, :-kv_heads], self.cos, self.sin)
             return qk[:, :heads], qk[:, heads:], v
-        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        if self.q_weight is not None and self.k_weight is not None:
+            q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        if self.offset is not None:
+            k = k.float() - self.offset.values
         return rope(q, self.cos, self.sin), rope(k, self.cos, self.sin), v
 
 
@@ -61,10 +73,13 @@ class AttentionBackend(Protocol):
     ``prepare`` runs once per step and may synchronise and allocate; what it returns is put into ``batch.plan``. ``run``
     runs once per layer and may do neither. A backend that is ``static`` serves static batches too, on which ``prepare``
     may neither synchronise nor allocate outside the graph that is being recorded.
+
+    ``bits`` are those of the codes whose pages it serves (see :class:`lmdeploy.kv.format.Codes`); 0: pages of numbers.
     """
 
     name: str
     static: bool
+    bits: tuple[int, ...]
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]: ...
 
@@ -100,15 +115,22 @@ def candidates() -> tuple[AttentionBackend, ...]:
     return *_registered, CPUSpans(), TritonPaged(), Reference()
 
 
+def reasons_against(backend: AttentionBackend, device: torch.device, dtype: torch.dtype,
+                    case: AttentionCase) -> list[str]:  # fmt: skip
+    """Why ``backend`` does not serve ``case``."""
+    unknown = [] if case.bits in backend.bits else [f'does not read a KV cache of {case.bits}-bit codes']
+    return unknown + backend.refuse(case, device, dtype)
+
+
 def choose(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> AttentionBackend:
     """The first backend without a reason against it; the reference has none."""
-    return next(backend for backend in candidates() if not backend.refuse(case, device, dtype))
+    return next(backend for backend in candidates() if not reasons_against(backend, device, dtype, case))
 
 
 def explain(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> str:
     """One line per backend: chosen, ready, or the reasons against it."""
     chosen, lines = choose(device, dtype, case), []
     for backend in candidates():
-        state = 'chosen' if backend.name == chosen.name else '; '.join(backend.refuse(case, device, dtype)) or 'ready'
-        lines.append(f'attention: {backend.name}: {state}')
+        against = '; '.join(reasons_against(backend, device, dtype, case))
+        lines.append(f'attention: {backend.name}: {"chosen" if backend.name == chosen.name else against or "ready"}')
     return '\n'.join(lines)

@@ -11,7 +11,7 @@ from lmdeploy.attention.backend import AttentionCase, Rotation
 from lmdeploy.kv.cache import KVCache, KVLayer
 from lmdeploy.ops.cpu.paged_attention import attend
 from lmdeploy.ops.cpu.spans import Chunk, Shape, build_chunks
-from lmdeploy.ops.cpu.write_kv import row_index, write_rows
+from lmdeploy.ops.cpu.write_kv import row_index, write_code_rows, write_rows
 from lmdeploy.runner.batch import ForwardBatch
 
 
@@ -28,6 +28,7 @@ class CPUSpans:
 
     name = 'cpu_spans'
     static = False
+    bits: tuple[int, ...] = (0, 8, 4)
 
     def refuse(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[str]:
         return [] if device.type == 'cpu' else [f'runs on cpu, not on {device.type}']
@@ -44,5 +45,8 @@ class CPUSpans:
             window: int) -> Tensor:  # fmt: skip
         plan: CPUPlan = batch.plan
         q, k, v = rotation.split(qkv, layer.k.shape[1])
-        write_rows(k, v, layer.k, layer.v, plan.rows)
-        return attend(q, layer.k, layer.v, plan.chunks[window], scale, v.dtype)
+        if layer.k_scales is None:
+            write_rows(k, v, layer.k, layer.v, plan.rows)
+        else:
+            write_code_rows(k, v, layer, plan.rows)
+        return attend(q, layer, plan.chunks[window], scale, v.dtype, rotation.offset)

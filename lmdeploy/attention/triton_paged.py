@@ -40,6 +40,7 @@ class TritonPaged:
 
     name = 'triton_paged'
     static = True
+    bits: tuple[int, ...] = (0, 8, 4)
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[torch.device, int, int], Workspace] = {}

@@ -28,7 +28,7 @@ DTYPES = {'auto': 'auto', 'float16': 'float16', 'bfloat16': 'bfloat16', 'float32
 DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public default, means the best device there is
 LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 EXECUTORS = {None: 'local', 'uni': 'local'}
-QUANT_POLICIES = {0: 0}
+QUANT_POLICIES = {0: 0, 8: 8, 4: 4}
 MODEL_FORMATS = {None: None, 'hf': 'hf'} | {method: method for method in METHODS}
 MAX_COUNT = 1 << 24  # no sane length, batch or block count is larger; keeps hostile numbers away from allocations
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmdeploy.kv.format import Fp, KVFormat
+from lmdeploy.kv.format import KVFormat, format_of
 
 PAGE = 64  # tokens per page: block sizes are multiples of it
 _ALIGN = 64  # bytes of a cache line
@@ -16,11 +16,12 @@ _ALIGN = 64  # bytes of a cache line
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a model needs of a cache: its layers, and the key heads of one of them."""
+    """What a model needs of a cache: its layers, the key heads of one of them, and the bits of a code, 0 for none."""
 
     num_layers: int
     kv_heads: int
     head_dim: int
+    bits: int = 0
 
     def bytes_per_block(self, block_size: int, format: KVFormat) -> int:
         """Bytes that one block of ``block_size`` tokens takes in all layers together."""
@@ -30,10 +31,22 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's pages ``[blocks, kv_heads, block_size, head_dim]``, keys and values in planes of their own."""
+    """One layer's pages ``[blocks, kv_heads, block_size, head_dim]``, keys and values in planes of their own.
+
+    Pages of codes (:class:`lmdeploy.kv.format.Codes`) have their scales and zeros in two planes more,
+    ``[blocks, kv_heads, block_size, 2] float16``.
+    """
 
     k: Tensor
     v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of pages of codes: those of keys and of values."""
+        assert self.k_scales is not None and self.v_scales is not None
+        return self.k_scales, self.v_scales
 
 
 class KVCache:
@@ -48,7 +61,7 @@ class KVCache:
         if block_size <= 0 or block_size % PAGE:
             raise ValueError(f'block_size {block_size} is not a multiple of {PAGE}')
         self.shape, self.num_blocks, self.block_size = shape, num_blocks, block_size
-        self.format = format or Fp(dtype)
+        self.format = format or format_of(shape.bits, dtype)
         blocks = num_blocks + 1
         self.pool = _zeros(blocks * shape.bytes_per_block(block_size, self.format), torch.device(device))
         planes = self.format.tensors(block_size, shape.kv_heads, shape.head_dim)

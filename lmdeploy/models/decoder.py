@@ -22,6 +22,7 @@ from lmdeploy.nn.linear import read_bundle
 from lmdeploy.nn.mlp import GatedMLP
 from lmdeploy.nn.norm import RMSNorm
 from lmdeploy.nn.rotary import Rotary
+from lmdeploy.ops.kv_codes import Turns
 from lmdeploy.quant.rows import take_outputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
@@ -91,9 +92,10 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, build: Build) -> None:
         config = spec.config
         self.spec, self.config, self.build = spec, config, build
-        self.kv_shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim)
+        self.kv_shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, build.kv_bits)
         windows = [config.sliding_window if kind == SLIDING else 0 for kind in config.layer_types]
-        self.case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim, tuple(sorted(set(windows))))
+        self.case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim, tuple(sorted(set(windows))),
+                                  build.kv_bits)  # fmt: skip
         self.attention = choose(build.device, build.dtype, self.case)
         ropes = [config.local_rope if kind == SLIDING else config.rope for kind in config.layer_types]
         distinct = list(dict.fromkeys(ropes))
@@ -122,6 +124,7 @@ class Decoder:
         self.embedding.load(body.child(names.embedding))
         for i, layer in enumerate(self.layers):
             layer.load(body.child(f'{names.layers}.{i}'), names)
+        self._take_off_biases()
         self.norm.load(body.child(names.final_norm))
         if self.config.tie_word_embeddings:
             self.head.tie(self.embedding)
@@ -169,6 +172,18 @@ class Decoder:
         """What was chosen for this device, for the start line; after :meth:`load`."""
         kernel = self.layers[0].mlp.down.kernel
         return {'attention': self.attention.name, 'linear': kernel.name if kernel is not None else ''}
+
+    def _take_off_biases(self) -> None:
+        """Keep what all keys of a layer have in common out of a cache of codes.
+
+        Not where positions may have several rows: a score is corrected by the key's place in the cache alone.
+        """
+        if not self.build.kv_bits:
+            return
+        turns = [Turns(rope.frequencies, rope.factor) for rope in self.ropes]
+        for layer, rope in zip(self.layers, self.layer_ropes):
+            if not self.ropes[rope].sections:
+                layer.attention.take_off_bias(turns[rope])
 
     def _attention(self, window: int) -> Attention:
         spec, config = self.spec, self.config

@@ -11,6 +11,7 @@ from lmdeploy.kv.cache import KVLayer
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.nn.norm import RMSNorm
+from lmdeploy.ops.kv_codes import KeyOffset, Turns
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
 
@@ -47,16 +48,29 @@ class Attention:
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = Linear(build, shape.hidden_size, (q, kv, kv), shape.qkv_bias, Split.OUT)
         self.o = Linear(build, q, (shape.hidden_size,), shape.o_bias, Split.IN)
+        self.offset: KeyOffset | None = None  # what the keys have in common, which the cache need not hold
         self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if shape.qk_norm:
             q_norm, k_norm = (RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one) for _ in range(2))
             self.qk_norms = q_norm, k_norm
+
+    def take_off_bias(self, turns: Turns) -> None:
+        """Keep the bias of the keys, where there is one, out of a cache of codes; after the layer is loaded.
+
+        A norm between projection and rotation leaves no constant part of it, and takes away what needs one.
+        """
+        shape, bias = self.shape, self.qkv.added
+        if bias is None or self.qk_norms is not None:
+            return
+        begin = shape.heads * shape.head_dim
+        values = bias[begin : begin + shape.kv_heads * shape.head_dim].float().view(shape.kv_heads, shape.head_dim)
+        self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
 
     def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: KVLayer, batch: ForwardBatch) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
         shape = self.shape
         qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
         q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
-        rotation = Rotation(*tables, q_weight, k_weight, shape.eps)
+        rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset)
         out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
         return self.o(out.view(x.shape[0], -1))

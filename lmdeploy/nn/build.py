@@ -12,9 +12,14 @@ from lmdeploy.quant.policy import QuantPolicy
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Type and place of the activations, the ranks that share the model, and how its layers are stored."""
+    """Type and place of the activations, the ranks that share the model, how its layers and its cache are stored.
+
+    Attributes:
+        kv_bits: of the codes in the KV cache; 0: it holds numbers of ``dtype``.
+    """
 
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
     group: Group = ALONE
     policy: QuantPolicy = field(default_factory=QuantPolicy)
+    kv_bits: int = 0

@@ -33,6 +33,7 @@ class Linear:
         self.bias, self.split = bias, split
         self.kernel: LinearKernel | None = None
         self._packed: Any = None
+        self.added: Tensor | None = None  # the bias that kernel and packed weights hold: a view for those who ask
         self._rounds = False  # what :meth:`apply_float` gives was rounded on its way
 
     def check(self, *prefixes: Prefix) -> None:
@@ -62,6 +63,7 @@ class Linear:
         """Take a bundle as this layer's parameters; it is given to the kernel and not kept."""
         case = KernelCase(bundle.scheme, self.build.dtype, self.build.device, bundle.out_features, bundle.in_features)
         self.kernel = choose_kernel(case)
+        self.added = bundle.bias
         self._packed = self.kernel.pack(bundle, case)
         self._apply = self.kernel.apply
         self._rounds = self.kernel.rounds(case)

@@ -49,7 +49,7 @@ class Rotary:
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         frequencies, self.factor = inverse_frequencies(config)
-        self.frequencies = frequencies.to(device)
+        self.frequencies, self.sections = frequencies.to(device), config.sections
         rows = torch.tensor(config.sections or (self.frequencies.numel(), 0, 0))
         self.row = torch.arange(3).repeat_interleave(rows).to(device)  # of positions, for each frequency
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lmdeploy.kv.cache import KVLayer
+from lmdeploy.ops.kv_codes import KeyOffset, dequantise, hadamard
 from lmdeploy.ops.table import op
 
 
@@ -27,14 +29,54 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     Returns:
         ``[T, heads, D]`` of q's dtype, computed in float32.
     """
+    kv_heads, block_size, dim = k_pages.shape[1:]
+
+    def gather(row: int) -> tuple[Tensor, Tensor]:
+        blocks = block_table[row, : -(-kv_lens[row] // block_size)].long()
+        k, v = (pages[blocks].transpose(0, 1).reshape(kv_heads, -1, dim) for pages in (k_pages, v_pages))
+        return k.float(), v.float()
+
+    return _attend_rows(q, gather, query_start, kv_lens, scale, window)
+
+
+def code_attention(q: Tensor, layer: KVLayer, offset: KeyOffset | None, block_table: Tensor, query_start: Sequence[int],
+                   kv_lens: Sequence[int], scale: float, window: int) -> Tensor:  # fmt: skip
+    """:func:`paged_attention` over pages of codes, which are made numbers again first.
+
+    Args:
+        offset: what was taken off the keys.
+    """
+    kv_heads, block_size = layer.k.shape[1:3]
+
+    def gather(row: int) -> tuple[Tensor, Tensor]:
+        blocks = block_table[row, : -(-kv_lens[row] // block_size)].long()
+        k, v = read_codes(layer, blocks[None], offset, q.shape[-1])
+        return k[0], v[0]
+
+    return _attend_rows(q, gather, query_start, kv_lens, scale, window)
+
+
+def read_codes(layer: KVLayer, tables: Tensor, offset: KeyOffset | None, dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, kv_heads, blocks * block_size, D] float32`` of rows with blocks ``tables [B, blocks]``."""
+    k, v = (dequantise(pages[tables], scales[tables], dim).transpose(1, 2).flatten(2, 3)
+            for pages, scales in zip((layer.k, layer.v), layer.scales))
+    if layer.k.shape[-1] != dim:
+        k = hadamard(k)
+    if offset is not None:
+        positions = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+        k = k + offset.at(positions).transpose(0, 1)
+    return k, v
+
+
+def _attend_rows(q: Tensor, gather: Callable[[int], tuple[Tensor, Tensor]], query_start: Sequence[int],
+                 kv_lens: Sequence[int], scale: float, window: int) -> Tensor:  # fmt: skip
+    """Row by row, over keys and values ``[kv_heads, at least kv_lens[row], D] float32``."""
     heads, dim = q.shape[1:]
-    kv_heads, block_size = k_pages.shape[1:3]
     out = torch.zeros_like(q)
     for row, kv_len in enumerate(kv_lens):
         first, last = query_start[row], query_start[row + 1]
-        blocks = block_table[row, : -(-kv_len // block_size)].long()
-        k, v = (pages[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :kv_len].float()
-                for pages in (k_pages, v_pages))
+        k, v = (pages[:, :kv_len] for pages in gather(row))
+        kv_heads = k.shape[0]
         queries = q[first:last].float().view(last - first, kv_heads, heads // kv_heads, dim)
         scores = torch.einsum('tkgd,ksd->tkgs', queries, k) * scale
         at = torch.arange(kv_len - (last - first), kv_len, device=q.device)[:, None]
@@ -52,10 +94,14 @@ def attend_last(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, kv_
     Args:
         q: ``[B, heads, D]``. tables: ``[B, max_blocks] int32``. kv_lens: ``[B] int32``.
     """
+    k, v = (pages[tables].transpose(1, 2).flatten(2, 3).float() for pages in (k_pages, v_pages))
+    return attend_last_of(q, k, v, kv_lens, scale, window)
+
+
+def attend_last_of(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor, scale: float, window: int) -> Tensor:
+    """:func:`attend_last` over keys and values ``[B, kv_heads, keys, D] float32``."""
     rows, heads, dim = q.shape
-    kv_heads, block_size = k_pages.shape[1:3]
-    keys = tables.shape[1] * block_size
-    k, v = (pages[tables].transpose(1, 2).reshape(rows, kv_heads, keys, dim).float() for pages in (k_pages, v_pages))
+    kv_heads, keys = k.shape[1:3]
     queries = q.float().view(rows, kv_heads, heads // kv_heads, dim)
     scores = torch.einsum('bkgd,bksd->bkgs', queries, k) * scale
     key = torch.arange(keys, device=q.device)[None, :]

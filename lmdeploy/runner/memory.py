@@ -18,7 +18,7 @@ from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.kv.cache import KVShape
-from lmdeploy.kv.format import Fp
+from lmdeploy.kv.format import format_of
 from lmdeploy.runner.host import free_host_memory
 from lmdeploy.runner.tables import DeviceTables
 
@@ -87,7 +87,7 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
     plan = MemoryPlan(
         weights=weight_bytes(model, itemsize, room.on_cpu) if weights is None else weights,
         workspace=_workspace(engine, model, itemsize, batch, step, room) if workspace is None else workspace,
-        block=shape.bytes_per_block(engine.block_size, Fp(dtype)),
+        block=shape.bytes_per_block(engine.block_size, format_of(engine.quant_policy, dtype)),
         num_blocks=0,
         session_len=engine.session_len or model.context_len,
         max_batch_size=batch,

@@ -96,7 +96,8 @@ class ModelRunner:
         try:
             free = self._prepare(checkpoint).free
             with self._stage('weights', free):
-                self.model = build_model(self.model_config, Build(dtype=self.dtype, device=self.device))
+                build = Build(dtype=self.dtype, device=self.device, kv_bits=self.engine.quant_policy)
+                self.model = build_model(self.model_config, build)
                 if self.device.type != 'cpu':
                     checkpoint.upload_to(self.device)
                 self.model.load(checkpoint.prefix())
@@ -162,6 +163,7 @@ class ModelRunner:
         """What really runs, for the start line."""
         runner = 'eager' if self.graphs is None else 'graph'
         chosen = {'runner': runner, 'dtype': name_of(self.dtype)} | self.model.choices()
+        chosen['cache'] = self.kv.format.name
         if self.device.type == 'cpu':
             chosen['threads'] = str(self.threads)
         return chosen

@@ -9,28 +9,52 @@ summands; a test states both facts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lmdeploy.kv.cache import PAGE
-from lmdeploy.ops.cpu.spans import NEVER, Chunk, Leaf, Node, Shape, build_chunks
+from lmdeploy.kv.cache import PAGE, KVLayer
+from lmdeploy.ops.cpu.spans import NEVER, SPAN, Chunk, Leaf, Node, Shape, build_chunks
+from lmdeploy.ops.kv_codes import KeyOffset, dequantise, hadamard
 from lmdeploy.ops.paged_attention import paged_attention
+from lmdeploy.ops.rope import rope
 
 Partial = tuple[Tensor, Tensor]  # result [tiles, kv_heads, rows, D] and log-sum-exp [tiles, kv_heads, rows] so far
 
 
-def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: Sequence[Chunk], scale: float,
-           dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``."""
+@dataclass(slots=True)
+class Queries:
+    """The query tiles of a chunk, and what they are to meet.
+
+    Attributes:
+        tiles: ``[tiles, kv_heads, rows, D] float32``, scaled, as they meet the keys of the pages.
+        plain: the same as they meet the keys' offset.
+    """
+
+    tiles: Tensor
+    plain: Tensor
+    layer: KVLayer
+    offset: KeyOffset | None
+
+
+def attend(q: Tensor, layer: KVLayer, chunks: Sequence[Chunk], scale: float, dtype: torch.dtype,
+           offset: KeyOffset | None = None) -> Tensor:  # fmt: skip
+    """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``.
+
+    Args:
+        layer: pages of numbers, or of codes, from whose keys ``offset`` is off.
+    """
     tokens, heads, dim = q.shape
-    kv_heads = k_pages.shape[1]
+    kv_heads = layer.k.shape[1]
+    turned = layer.k_scales is not None and layer.k.shape[-1] != dim
     group = heads // kv_heads
     whole = tokens == sum(len(chunk.tokens) for chunk in chunks)
     out = torch.empty(tokens, heads, dim, dtype=dtype) if whole else torch.zeros(tokens, heads, dim, dtype=dtype)
     for chunk in chunks:
         tiles = _tiles(q, chunk, kv_heads, scale)
-        result, _ = _evaluate(chunk.root, tiles, k_pages, v_pages, isinstance(chunk.root, tuple))
+        queries = Queries(hadamard(tiles) if turned else tiles, tiles, layer, offset)
+        result, _ = _evaluate(chunk.root, queries, isinstance(chunk.root, tuple))
         shape = (chunk.count, kv_heads, chunk.size, group, dim)
         result = result[:, :, : chunk.size * group].view(shape).transpose(1, 2)
         if chunk.first >= 0:
@@ -55,21 +79,43 @@ def _tiles(q: Tensor, chunk: Chunk, kv_heads: int, scale: float) -> Tensor:
     return tiles
 
 
-def _evaluate(node: Node, tiles: Tensor, k_pages: Tensor, v_pages: Tensor, inner: bool) -> Partial:
+def _evaluate(node: Node, queries: Queries, inner: bool) -> Partial:
     if isinstance(node, Leaf):
-        return _leaf(node, tiles, k_pages, v_pages, inner)
-    left, right = (_evaluate(child, tiles, k_pages, v_pages, True) for child in node)
+        return _leaf(node, queries, inner)
+    left, right = (_evaluate(child, queries, True) for child in node)
     return _join(torch.stack((left[0], right[0]), 1), torch.stack((left[1], right[1]), 1))
 
 
-def _leaf(leaf: Leaf, tiles: Tensor, k_pages: Tensor, v_pages: Tensor, inner: bool) -> Partial:
+def _read(pages: Tensor, scales: Tensor | None, leaf: Leaf, dim: int) -> Tensor:
+    """``[pairs * kv_heads, width, D] float32``."""
+    rows = pages.view(-1, PAGE * pages.shape[-1]).index_select(0, leaf.pages).view(-1, leaf.width, pages.shape[-1])
+    if scales is None:
+        return rows.float()
+    pairs = scales.view(-1, PAGE * 2).index_select(0, leaf.pages).view(-1, leaf.width, 2)
+    return dequantise(rows, pairs, dim)
+
+
+def _offset_scores(queries: Queries, offset: KeyOffset, leaf: Leaf) -> Tensor:
+    """``[pairs, kv_heads, rows, width]``: what the keys' offset adds to the scores, see :class:`KeyOffset`."""
+    count, kv_heads, rows, dim = queries.plain.shape
+    plain = queries.plain if leaf.tiles is None else queries.plain.index_select(0, leaf.tiles)
+    table = offset.turns.back(SPAN, int(leaf.spans.max()) + 1).index_select(0, leaf.spans)
+    back = rope(plain.view(len(plain), kv_heads * rows, dim), table[:, :1], table[:, 1:])
+    back = back.view(-1, kv_heads, rows, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+    scores = torch.bmm(back, offset.within[:, : leaf.width].transpose(1, 2))
+    return scores.view(kv_heads, -1, rows, leaf.width).transpose(0, 1)
+
+
+def _leaf(leaf: Leaf, queries: Queries, inner: bool) -> Partial:
     """All pairs of a leaf. The log-sum-exp is only made where a join needs it (``inner``, or several columns)."""
+    tiles, layer = queries.tiles, queries.layer
     count, kv_heads, rows, dim = tiles.shape
     q = tiles if leaf.tiles is None else tiles.index_select(0, leaf.tiles)
     pairs = q.shape[0]
-    k, v = (pages.view(-1, PAGE * dim).index_select(0, leaf.pages).view(-1, leaf.width, dim).float()
-            for pages in (k_pages, v_pages))  # fmt: skip
+    k, v = _read(layer.k, layer.k_scales, leaf, dim), _read(layer.v, layer.v_scales, leaf, dim)
     scores = torch.bmm(q.view(-1, rows, dim), k.transpose(1, 2))
+    if queries.offset is not None:
+        scores.view(pairs, kv_heads, rows, leaf.width).add_(_offset_scores(queries, queries.offset, leaf))
     if leaf.caps is not None:
         size = leaf.caps.shape[2]
         part = scores.view(pairs, kv_heads, size, rows // size, leaf.width)[pairs - leaf.caps.shape[0] :]
@@ -113,4 +159,4 @@ def span_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Ten
                    kv_lens: Sequence[int], scale: float, window: int) -> Tensor:  # fmt: skip
     shape = Shape(q.shape[1], k_pages.shape[1], q.shape[2], k_pages.shape[2])
     chunks = build_chunks(list(query_start), list(kv_lens), block_table, shape, window)
-    return attend(q, k_pages, v_pages, chunks, scale, q.dtype)
+    return attend(q, KVLayer(k_pages, v_pages), chunks, scale, q.dtype)

@@ -43,6 +43,7 @@ class Leaf:
     Attributes:
         width: keys per pair, one of WIDTHS; the last span of a row may need fewer than SPAN.
         tiles: ``[P] int64`` the pairs' tiles within the chunk; None: pair i is of tile i.
+        spans: ``[P] int64`` the pairs' spans.
         pages: ``[P * kv_heads * width / PAGE] int64`` rows of a plane flattened to ``[pages, PAGE * D]``.
         caps: ``[H, 1, tile, 1, width] float32`` upper bounds of the last H pairs' scores: NEVER for what a query must
             not see, else infinity; None: all pairs see everything.
@@ -52,6 +53,7 @@ class Leaf:
 
     width: int
     tiles: Tensor | None
+    spans: Tensor
     pages: Tensor
     caps: Tensor | None
     columns: int
@@ -207,6 +209,7 @@ def _leaf(octet: int, size: int, tiles: _Tiles, low: np.ndarray, high: np.ndarra
     return Leaf(
         width,
         tiles=None if np.array_equal(tile, np.arange(len(counts))) else torch.from_numpy(tile),
+        spans=torch.from_numpy(span),
         pages=_pages(tiles.row[tile], span, width, table, shape),
         caps=_caps(size, tiles.take(tile[pairs - masked :]), span[pairs - masked :], width, window) if masked else None,
         columns=columns,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmdeploy.kv.cache import KVLayer
+from lmdeploy.ops.kv_codes import hadamard, quantise
 from lmdeploy.ops.write_kv import write_kv
 
 
@@ -21,6 +23,17 @@ def write_rows(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, index: Te
     for new, pages in ((k, k_pages), (v, v_pages)):
         rows = torch.nan_to_num(new, 0.0, 0.0, 0.0).to(pages.dtype).view(-1, dim)
         pages.view(-1, dim).index_copy_(0, index, rows)
+
+
+def write_code_rows(k: Tensor, v: Tensor, layer: KVLayer, index: Tensor) -> None:
+    """As :func:`lmdeploy.ops.kv_codes.store_codes`, with the rows of :func:`row_index`."""
+    bits = 8 * layer.k.shape[-1] // k.shape[-1]
+    if bits == 4:
+        k = hadamard(torch.nan_to_num(k, 0.0, 0.0, 0.0))
+    for new, pages, scale_pages in zip((k, v), (layer.k, layer.v), layer.scales):
+        codes, scales = quantise(new, bits)
+        pages.view(-1, pages.shape[-1]).index_copy_(0, index, codes.view(-1, pages.shape[-1]))
+        scale_pages.view(-1, 2).index_copy_(0, index, scales.view(-1, 2))
 
 
 @write_kv.impl('cpu')
