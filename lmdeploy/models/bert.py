@@ -16,6 +16,8 @@ from torch import Tensor
 from lmdeploy.config.encoder import EncoderConfig, Pooling
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
+from lmdeploy.nn.mlp import MLP
+from lmdeploy.nn.norm import LayerNorm
 from lmdeploy.weights.checkpoint import Prefix
 
 IGNORE = (r'embeddings\.position_ids$', r'(^|\.)pooler\.', r'(^|\.)cls\.', r'(^|\.)lm_head\.')
@@ -57,33 +59,15 @@ class Texts:
                      there.to(device), there.flatten().nonzero()[:, 0].to(device), len(set(lengths)) == 1)
 
 
-class LayerNorm:
-    """Layer norm over the last ``size`` channels; old checkpoints call its weights gamma and beta."""
-
-    def __init__(self, build: Build, size: int, eps: float) -> None:
-        self.build, self.size, self.eps = build, size, eps
-        self.weight: Tensor
-        self.bias: Tensor
-
-    def load(self, prefix: Prefix) -> None:
-        names = ('gamma', 'beta') if prefix.has('gamma') else ('weight', 'bias')
-        self.weight, self.bias = (prefix.get(name, (self.size,), self.build.dtype).to(self.build.device)
-                                  for name in names)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
-
-
 class Layer:
     """Attention and MLP, each followed by the norm of its sum with what went in."""
 
     def __init__(self, config: EncoderConfig, build: Build) -> None:
         hidden = config.hidden_size
-        self.heads, self.activation = config.num_heads, config.activation
+        self.heads = config.num_heads
         self.qkv = Linear(build, hidden, (hidden,) * 3, bias=True)
         self.o = Linear(build, hidden, (hidden,), bias=True)
-        self.up = Linear(build, hidden, (config.intermediate_size,), bias=True)
-        self.down = Linear(build, config.intermediate_size, (hidden,), bias=True)
+        self.mlp = MLP(build, hidden, config.intermediate_size, config.activation)
         self.attention_norm = LayerNorm(build, hidden, config.norm_eps)
         self.mlp_norm = LayerNorm(build, hidden, config.norm_eps)
 
@@ -92,13 +76,12 @@ class Layer:
         self.qkv.load(*(attention.child(f'self.{name}') for name in ('query', 'key', 'value')))
         self.o.load(attention.child('output.dense'))
         self.attention_norm.load(attention.child('output.LayerNorm'))
-        self.up.load(prefix.child('intermediate.dense'))
-        self.down.load(prefix.child('output.dense'))
+        self.mlp.load(prefix.child('intermediate.dense'), prefix.child('output.dense'))
         self.mlp_norm.load(prefix.child('output.LayerNorm'))
 
     def __call__(self, x: Tensor, texts: Texts) -> Tensor:
         x = self.attention_norm(x + self.o(self._attend(self.qkv(x), texts)))
-        return self.mlp_norm(x + self.down(_activate(self.up(x), self.activation)))
+        return self.mlp_norm(x + self.mlp(x))
 
     def _attend(self, qkv: Tensor, texts: Texts) -> Tensor:
         """``[T, 3 * hidden]`` to ``[T, hidden]``."""
@@ -158,7 +141,3 @@ def pool(hidden: Tensor, texts: Texts, pooling: Pooling) -> Tensor:
     else:
         vectors = (hidden[texts.pad] * texts.there[:, :, None]).sum(1) / texts.lengths[:, None]
     return F.normalize(vectors, dim=1) if pooling.normalise else vectors
-
-
-def _activate(x: Tensor, name: str) -> Tensor:
-    return F.relu(x) if name == 'relu' else F.gelu(x, approximate='tanh' if name == 'gelu_tanh' else 'none')

@@ -1,9 +1,11 @@
-"""GatedMLP and its first half."""
+"""GatedMLP and its first half; MLP, without a gate."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
@@ -62,3 +64,40 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.gate_up(x))
+
+
+class MLP:
+    """``down(activation(up(x)))`` with biases.
+
+    Args:
+        in_features, hidden_features, out_features: widths; the last one is the first where it is not given.
+        activation: ``'gelu'``, ``'gelu_tanh'``, ``'quick_gelu'``, ``'relu'`` or ``'silu'``.
+        bias: whether the checkpoint must hold biases.
+    """
+
+    def __init__(self, build: Build, in_features: int, hidden_features: int, activation: str,
+                 out_features: int | None = None, bias: bool = True) -> None:  # fmt: skip
+        self.activation = activation
+        self.up = Linear(build, in_features, (hidden_features,), bias, Split.OUT)
+        self.down = Linear(build, hidden_features, (out_features or in_features,), bias, Split.IN)
+
+    def load(self, up: Prefix, down: Prefix) -> None:
+        """Pull both linears from the checkpoint.
+
+        Raises:
+            LoadError: a tensor is missing or has the wrong shape.
+        """
+        self.up.load(up)
+        self.down.load(down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(activate(self.up(x), self.activation))
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation ``name`` of every element."""
+    if name == 'quick_gelu':
+        return x * torch.sigmoid(1.702 * x)
+    if name in ('relu', 'silu'):
+        return F.relu(x) if name == 'relu' else F.silu(x)
+    return F.gelu(x, approximate='tanh' if name == 'gelu_tanh' else 'none')

@@ -1,7 +1,8 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
@@ -32,3 +33,20 @@ class RMSNorm:
         if post is None:
             return add_rms_norm(x, residual, self.weight, self.eps)
         return norm_add_rms_norm(x, residual, post.weight, self.weight, self.eps)
+
+
+class LayerNorm:
+    """Layer norm over the last ``size`` channels; old checkpoints call its weights gamma and beta."""
+
+    def __init__(self, build: Build, size: int, eps: float) -> None:
+        self.build, self.size, self.eps = build, size, eps
+        self.weight: Tensor
+        self.bias: Tensor
+
+    def load(self, prefix: Prefix) -> None:
+        names = ('gamma', 'beta') if prefix.has('gamma') else ('weight', 'bias')
+        self.weight, self.bias = (prefix.get(name, (self.size,), self.build.dtype).to(self.build.device)
+                                  for name in names)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
