@@ -60,4 +60,11 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': '--calib-seqlen {value} is more than the {most} tokens that this model takes.',
         'zh': '--calib-seqlen {value} 超过该模型支持的 {most} 个 token。',
     },
+    'LMD-630': {
+        'en': 'the statistics of the calibration inputs cannot be used: even with {damp} of their mean added they are '
+              'not positive definite, which means that values are not finite. Try other calibration text, or '
+              '--dtype bfloat16 if the model is read as float16.',
+        'zh': '校准输入的统计量无法使用：即使加上均值的 {damp} 倍，矩阵仍非正定，说明其中含有非有限值。'
+              '请更换校准文本；若模型以 float16 读取，请改用 --dtype bfloat16。',
+    },
 }
