@@ -23,6 +23,7 @@ from lmdeploy.nn.mlp import GatedMLP
 from lmdeploy.nn.norm import RMSNorm
 from lmdeploy.nn.rotary import Rotary
 from lmdeploy.ops.kv_codes import Turns
+from lmdeploy.parallel.heads import share_heads
 from lmdeploy.quant.rows import take_outputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
@@ -92,9 +93,10 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, build: Build) -> None:
         config = spec.config
         self.spec, self.config, self.build = spec, config, build
-        self.kv_shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, build.kv_bits)
+        own = share_heads(config.num_heads, config.num_kv_heads, build.group.rank, build.group.size)
+        self.kv_shape = KVShape(config.num_layers, len(own.keys), config.head_dim, build.kv_bits)
         windows = [config.sliding_window if kind == SLIDING else 0 for kind in config.layer_types]
-        self.case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim, tuple(sorted(set(windows))),
+        self.case = AttentionCase(len(own.queries), len(own.keys), config.head_dim, tuple(sorted(set(windows))),
                                   build.kv_bits)  # fmt: skip
         self.attention = choose(build.device, build.dtype, self.case)
         ropes = [config.local_rope if kind == SLIDING else config.rope for kind in config.layer_types]
@@ -197,7 +199,7 @@ class Decoder:
 
 def load_packed_qkv(attention: Attention, prefix: Prefix) -> None:
     """Load q, k and v from one tensor whose rows are grouped by key head: its query heads, its key, its value."""
-    shape, linear = attention.shape, attention.qkv
+    shape, linear = attention.whole, attention.qkv
     bundle = read_bundle(linear.build, prefix, linear.in_features, sum(linear.out_features), linear.bias)
     group = shape.heads // shape.kv_heads
     rows = torch.arange(bundle.out_features).view(shape.kv_heads, group + 2, shape.head_dim)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lmdeploy.attention.backend import AttentionBackend, Rotation
@@ -12,6 +13,7 @@ from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.nn.norm import RMSNorm
 from lmdeploy.ops.kv_codes import KeyOffset, Turns
+from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
 
@@ -41,13 +43,23 @@ class AttentionShape:
 
 
 class Attention:
-    """q, k and v as one linear, optional norms, rotation, the backend, and the output linear."""
+    """q, k and v as one linear, optional norms, rotation, the backend, and the output linear.
+
+    Attributes:
+        whole, shape: of the layer, and of this rank's part of it.
+    """
 
     def __init__(self, build: Build, shape: AttentionShape, backend: AttentionBackend) -> None:
-        self.shape, self.backend = shape, backend
+        self.backend = backend
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.qkv = Linear(build, shape.hidden_size, (q, kv, kv), shape.qkv_bias, Split.OUT)
-        self.o = Linear(build, q, (shape.hidden_size,), shape.o_bias, Split.IN)
+        heads = [share_heads(shape.heads, shape.kv_heads, rank, build.group.size) for rank in range(build.group.size)]
+        queries = [channels(one.queries, shape.head_dim) for one in heads]
+        keys = [channels(one.keys, shape.head_dim) for one in heads]
+        parts = [torch.cat((own, q + key, q + kv + key)) for own, key in zip(queries, keys)]
+        self.qkv = Linear(build, shape.hidden_size, (q, kv, kv), shape.qkv_bias, Split.OUT, parts)
+        self.o = Linear(build, q, (shape.hidden_size,), shape.o_bias, Split.IN, queries)
+        own = heads[build.group.rank]
+        self.whole, self.shape = shape, replace(shape, heads=len(own.queries), kv_heads=len(own.keys))
         self.offset: KeyOffset | None = None  # what the keys have in common, which the cache need not hold
         self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if shape.qk_norm:

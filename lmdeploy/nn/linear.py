@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmdeploy.errors import LoadError
 from lmdeploy.nn.build import Build
+from lmdeploy.parallel.group import Group
 from lmdeploy.parallel.split import Split
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import KernelCase, LinearKernel, choose_kernel
 from lmdeploy.quant.rows import join
+from lmdeploy.quant.shard import slice_inputs, slice_outputs
+from lmdeploy.quant.transform import transformed, without_transform
 from lmdeploy.weights.checkpoint import Prefix
 
 
@@ -24,13 +29,17 @@ class Linear:
         out_features: width of each part.
         bias: whether the checkpoint must hold a bias for every part; where it must not, one that is there is used.
         split: how the layer is divided over the ranks.
+        shares: for every rank, the index of its outputs (of all parts together) or inputs, see
+            :mod:`lmdeploy.quant.shard`; None: this rank has all of them.
     """
 
     def __init__(self, build: Build, in_features: int, out_features: Sequence[int], bias: bool = False,
-                 split: Split = Split.NONE) -> None:  # fmt: skip
+                 split: Split = Split.NONE, shares: Sequence[Tensor] | None = None) -> None:  # fmt: skip
         self.build = build
         self.in_features, self.out_features = in_features, tuple(out_features)
         self.bias, self.split = bias, split
+        self.shares = shares if build.group.size > 1 and split is not Split.NONE else None
+        self._take: Tensor | None = None  # which of all ranks' inputs this one multiplies; None: its own
         self.kernel: LinearKernel | None = None
         self._packed: Any = None
         self.added: Tensor | None = None  # the bias that kernel and packed weights hold: a view for those who ask
@@ -60,22 +69,56 @@ class Linear:
         self.set(joined)
 
     def set(self, bundle: LinearBundle) -> None:
-        """Take a bundle as this layer's parameters; it is given to the kernel and not kept."""
+        """Take a bundle of the whole layer as this one's parameters; it is given to the kernel and not kept."""
+        self.put(bundle if self.shares is None else self._slice(bundle, self.shares))
+
+    def put(self, bundle: LinearBundle) -> None:
+        """As :meth:`set`, a bundle that is this rank's part of the layer."""
         case = KernelCase(bundle.scheme, self.build.dtype, self.build.device, bundle.out_features, bundle.in_features)
         self.kernel = choose_kernel(case)
         self.added = bundle.bias
-        self._packed = self.kernel.pack(bundle, case)
-        self._apply = self.kernel.apply
+        self._packed = self.kernel.pack(without_transform(bundle), case)
+        self._apply = transformed(self.kernel.apply, bundle.input_transform)
+        self._apply_float = transformed(self.kernel.apply_float, bundle.input_transform)
         self._rounds = self.kernel.rounds(case)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._apply(x, self._packed)
-        return self.build.group.all_reduce(y) if self.split is Split.IN else y
+        if self.shares is None or self.split is Split.OUT:
+            return self._apply(x, self._packed)
+        if self._take is not None:
+            x = gather(self.build.group, x, self.shares).index_select(1, self._take)
+        return self.build.group.all_reduce(self._apply(x, self._packed))
 
     def apply_float(self, x: Tensor) -> Tensor:
         """``[T, out] float32``, for a layer that is not split over its inputs."""
         assert self.kernel is not None and self.split is not Split.IN
-        return self.kernel.apply_float(x, self._packed)
+        return self._apply_float(x, self._packed)
+
+    def _slice(self, bundle: LinearBundle, shares: Sequence[Tensor]) -> LinearBundle:
+        """This rank's part of the layer."""
+        rank = self.build.group.rank
+        if self.split is Split.OUT:
+            return slice_outputs(bundle, shares[rank])
+        part = slice_inputs(bundle, shares, rank)
+        if part.take is not None:
+            self._take = places(shares)[part.take].to(self.build.device)
+        return part.bundle
+
+
+def gather(group: Group, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """All ranks' ``x``, each filled up to the widest: ``[T, size * widest]``."""
+    widest = max(map(len, shares))
+    return group.all_gather(F.pad(x, (0, widest - x.shape[1])))
+
+
+def places(shares: Sequence[Tensor]) -> Tensor:
+    """``[features] int64``: where :func:`gather` puts each feature."""
+    widest = max(map(len, shares))
+    held = torch.cat([F.pad(share, (0, widest - len(share)), value=-1) for share in shares])
+    where = torch.empty(int(held.max()) + 1, dtype=torch.int64)
+    there = (held >= 0).nonzero()[:, 0]
+    where[held[there]] = there
+    return where
 
 
 def read_bundle(build: Build, prefix: Prefix, in_features: int, out_features: int, bias: bool) -> LinearBundle:
@@ -111,6 +154,8 @@ def check_parts(build: Build, prefixes: Sequence[Prefix], in_features: int, out_
         first = first or layout
         if layout.scheme != first.scheme:
             raise _mixed(prefixes, f'stored as {first.scheme} beside {layout.scheme}')
+        if layout.transform != first.transform:
+            raise _mixed(prefixes, f'inputs transformed by {first.transform!r} beside {layout.transform!r}')
 
 
 def _mixed(prefixes: Sequence[Prefix], reason: object) -> LoadError:

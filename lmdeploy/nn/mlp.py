@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, check_parts, read_bundle
-from lmdeploy.parallel.split import Split
+from lmdeploy.parallel.split import Split, share_channels
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import GatedKernel, KernelCase, choose_gated
+from lmdeploy.quant.shard import slice_outputs
+from lmdeploy.quant.transform import transformed, without_transform
 from lmdeploy.weights.checkpoint import Prefix
 
 
@@ -23,12 +26,14 @@ class GatedLinear:
         in_features, out_features: of each of the two.
         activation: a name in ``lmdeploy.ops.activation.ACTIVATIONS``.
         bias: whether the checkpoint must hold biases.
+        shares: for every rank, the index of its outputs; None: this rank has all of them.
     """
 
-    def __init__(self, build: Build, in_features: int, out_features: int, activation: str, bias: bool = False) -> None:
+    def __init__(self, build: Build, in_features: int, out_features: int, activation: str, bias: bool = False,
+                 shares: Sequence[Tensor] | None = None) -> None:  # fmt: skip
         self.build, self.activation, self.bias = build, activation, bias
         self.in_features, self.out_features = in_features, out_features
-        self.split = Split.OUT
+        self.split, self.shares = Split.OUT, shares
         self.kernel: GatedKernel | None = None
         self._packed: Any = None
 
@@ -45,11 +50,14 @@ class GatedLinear:
         self.set(*(read_bundle(self.build, p, self.in_features, self.out_features, self.bias) for p in (gate, up)))
 
     def set(self, gate: LinearBundle, up: LinearBundle) -> None:
-        """Take two bundles as the parameters; they are given to the kernel and not kept."""
-        case = KernelCase(gate.scheme, self.build.dtype, self.build.device, self.out_features, self.in_features)
+        """Take two bundles of whole layers as the parameters; they are given to the kernel and not kept."""
+        if self.shares is not None:
+            own = self.shares[self.build.group.rank]
+            gate, up = slice_outputs(gate, own), slice_outputs(up, own)
+        case = KernelCase(gate.scheme, self.build.dtype, self.build.device, gate.out_features, gate.in_features)
         self.kernel = choose_gated(case)
-        self._packed = self.kernel.pack(gate, up, case)
-        self._apply = self.kernel.apply
+        self._packed = self.kernel.pack(without_transform(gate), without_transform(up), case)
+        self._apply = transformed(self.kernel.apply, gate.input_transform)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._apply(x, self._packed, self.activation)
@@ -59,8 +67,11 @@ class GatedMLP:
     """``down(activation(gate(x)) * up(x))``: ``[T, hidden_size]`` to the same, over ``intermediate_size`` channels."""
 
     def __init__(self, build: Build, hidden_size: int, intermediate_size: int, activation: str, bias: bool) -> None:
-        self.gate_up = GatedLinear(build, hidden_size, intermediate_size, activation, bias)
-        self.down = Linear(build, intermediate_size, (hidden_size,), bias, Split.IN)
+        ranks = range(build.group.size)
+        shares = None if len(ranks) == 1 else [
+            torch.tensor(share_channels(intermediate_size, rank, len(ranks))) for rank in ranks]
+        self.gate_up = GatedLinear(build, hidden_size, intermediate_size, activation, bias, shares)
+        self.down = Linear(build, intermediate_size, (hidden_size,), bias, Split.IN, shares)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.gate_up(x))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from lmdeploy.parallel.split import share
 
 
@@ -49,3 +52,9 @@ def share_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadShare:
     widest = max(map(len, served))
     return HeadShare(tuple(head for heads in served for head in heads + [-1] * (widest - len(heads))), tuple(keys))
 
+
+
+def channels(heads: tuple[int, ...], head_dim: int) -> Tensor:
+    """``[len(heads) * head_dim] int64``: the channels of ``heads``; -1 for those of a head of zeros."""
+    first = torch.tensor(heads)[:, None]
+    return torch.where(first < 0, -1, first * head_dim + torch.arange(head_dim)).flatten()

@@ -38,6 +38,7 @@ class InputSlice:
 
 def slice_outputs(bundle: LinearBundle, index: Tensor) -> LinearBundle:
     """The layer of the outputs ``index [n] int64``, with outputs of zeros where it is -1."""
+    index = index.to(bundle.stored.device)
     padded = (index < 0).nonzero()[:, 0]
     taken = take_outputs(bundle, index.clamp(min=0))
     if not len(padded):
@@ -60,8 +61,9 @@ def slice_inputs(bundle: LinearBundle, shares: Sequence[Tensor], rank: int) -> I
         widths = [int((one >= 0).sum()) for one in shares]
         begin = sum(widths[:rank])
         index = torch.arange(begin, begin + widths[rank])
-        return InputSlice(_codes(replace(plain, perm=None), index), bundle.perm[index])
-    index = shares[rank]
+        index = index.to(bundle.stored.device)
+        return InputSlice(_codes(replace(plain, perm=None), index), bundle.perm[index].cpu())
+    index = shares[rank].to(bundle.stored.device)
     if bundle.weight is not None:
         weight = bundle.weight.index_select(1, index.clamp(min=0)).masked_fill_(index < 0, 0)
         return InputSlice(replace(plain, in_features=len(index), weight=weight))
@@ -73,10 +75,12 @@ def slice_inputs(bundle: LinearBundle, shares: Sequence[Tensor], rank: int) -> I
 def common_group(index: Tensor, group: int) -> int:
     """The largest divisor of ``group`` such that every aligned run of so many channels of ``index`` is of one group.
 
-    Channels of zeros (-1) belong to any. A last run may be shorter.
+    Channels of zeros (-1) belong to any. There are whole runs, as kernels like them.
     """
     owner = _owner(index, group)
     for size in (group // divisor for divisor in range(1, group + 1) if group % divisor == 0):
+        if len(index) % size:
+            continue
         runs = _runs(owner, size)
         least = runs.masked_fill(runs < 0, torch.iinfo(torch.int64).max).amin(1)
         if (runs.amax(1) <= least).all():
@@ -106,12 +110,12 @@ def _codes(bundle: LinearBundle, index: Tensor) -> LinearBundle:
         codes = codes.view(torch.uint8)
     codes = codes.index_select(0, index.clamp(min=0))
     if not group:
-        scales, owner = bundle.scales, torch.zeros(len(index), dtype=torch.int64)
+        scales, owner = bundle.scales, torch.zeros_like(index)
     else:
         owner = _runs(_owner(index, scheme.group), group).amax(1).clamp(min=0)
         scales = bundle.scales.index_select(0, owner)
         zeros = None if zeros is None else zeros.index_select(0, owner)
-        owner = torch.arange(len(owner)).repeat_interleave(group)[: len(index)]
+        owner = torch.arange(len(owner), device=index.device).repeat_interleave(group)[: len(index)]
     if padded.any():
         codes[padded] = 0 if zeros is None else zeros[owner[padded]].to(codes.dtype)
     inputs = scheme.activation_group
@@ -123,8 +127,10 @@ def _codes(bundle: LinearBundle, index: Tensor) -> LinearBundle:
 def _blocks(bundle: LinearBundle, index: Tensor) -> LinearBundle:
     """The inputs ``index`` of rows of blocks: whole blocks as they are, anything else dense."""
     elements, nbytes = BLOCK_SIZES[bundle.scheme.name]
-    runs = index.view(-1, elements) if len(index) % elements == 0 else None
-    if runs is None or not (runs == runs[:, :1] + torch.arange(elements)).all() or (runs[:, 0] % elements).any():
+    if len(index) % elements:
+        return _dense(bundle, index)
+    runs = index.view(-1, elements)
+    if (runs[:, 0] % elements).any() or (runs != runs[:, :1] + torch.arange(elements, device=index.device)).any():
         return _dense(bundle, index)
     rows = bundle.stored.view(bundle.out_features, -1, nbytes).index_select(1, runs[:, 0] // elements)
     return replace(bundle, in_features=len(index), codes=rows.flatten(1))

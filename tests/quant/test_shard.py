@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lmdeploy.parallel.heads import share_heads
+from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import share, share_channels
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
@@ -82,12 +82,6 @@ def whole(bundle: LinearBundle) -> torch.Tensor:
     return dequantize_bundle(bundle, torch.float32)
 
 
-def head_index(heads: tuple[int, ...]) -> torch.Tensor:
-    """The channels of heads, in their order; -1 for those of a head of zeros."""
-    first = torch.tensor(heads)[:, None]
-    return torch.where(first < 0, -1, first * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
-
-
 def with_bias(bundle: LinearBundle) -> LinearBundle:
     return replace(bundle, bias=torch.randn(bundle.out_features))
 
@@ -106,7 +100,7 @@ def test_outputs_of_channels_and_of_heads(make, size):
     assert torch.equal(torch.cat([part.bias for part in parts]), bundle.bias)
     seen = torch.zeros(448, dtype=torch.int64)
     for rank in range(size):
-        index = head_index(share_heads(14, 2, rank, size).queries)
+        index = channels(share_heads(14, 2, rank, size).queries, HEAD_DIM)
         part = slice_outputs(bundle, index)
         there = index >= 0
         assert torch.equal(whole(part)[there], whole(bundle)[index[there]])
@@ -148,7 +142,7 @@ def test_inputs_of_heads(make, heads, size):
     if make in [FORMATS[name] for name in NAMES] and queries * HEAD_DIM % 256:
         return  # such a layer cannot be stored
     bundle = with_bias(make(queries * HEAD_DIM, 16))
-    check_inputs(bundle, [head_index(share_heads(queries, keys, rank, size).queries) for rank in range(size)])
+    check_inputs(bundle, [channels(share_heads(queries, keys, rank, size).queries, HEAD_DIM) for rank in range(size)])
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -169,7 +163,7 @@ def test_products_of_slices_add_up(make, size):
 def test_groups_become_as_small_as_they_must():
     assert common_group(torch.arange(448, 896), 128) == 64
     assert common_group(torch.arange(256, 896), 128) == 128
-    assert common_group(torch.cat((torch.arange(32), torch.full((32,), -1), torch.arange(160, 192))), 128) == 64
+    assert common_group(torch.cat((torch.arange(32), torch.full((32,), -1), torch.arange(160, 224))), 128) == 64
     assert common_group(torch.arange(32, 160), 128) == 32
     assert common_group(torch.arange(1, 129), 128) == 1
     bundle = FORMATS['awq'](896, 16)
