@@ -13,7 +13,8 @@ from typing import Any
 from lmdeploy.config.fields import Fields, shown
 from lmdeploy.config.quantization import Quantization, read_quantization
 from lmdeploy.config.rope import MAX_POSITIONS, RopeConfig, RopeContext, read_rope
-from lmdeploy.config.vision import VISION_MODELS, is_vision_model, language_config
+from lmdeploy.config.vision import VISION_MODELS, is_vision_model
+from lmdeploy.config.vision_language import language_config
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import get_logger
 

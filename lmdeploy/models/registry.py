@@ -14,6 +14,7 @@ from lmdeploy.kv.cache import KVCache, KVShape
 from lmdeploy.models import gemma3, internlm2, internlm3, llama, mistral, qwen2, qwen3
 from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.spec import DecoderSpec
+from lmdeploy.models.vision.language import inside
 from lmdeploy.nn.build import Build
 from lmdeploy.quant.policy import QuantPolicy
 from lmdeploy.runner.batch import ForwardBatch
@@ -66,7 +67,7 @@ def decoder_spec(config: ModelConfig) -> DecoderSpec:
     spec = SPECS.get(config.architecture)
     if spec is None:
         raise ConfigError('LMD-110', architecture=config.architecture, known=', '.join(sorted(SPECS)))
-    return spec(config)
+    return inside(spec(config), config.wrapper) if config.wrapper else spec(config)
 
 
 def build_model(config: ModelConfig, build: Build) -> CausalLM:

@@ -1,11 +1,12 @@
 """Processor: from a picture to the tiles that a vision tower reads; Pillow and numpy alone.
 
-Pixels stay bytes: what the tower reads are the float32 values of ``PictureConfig.levels``, which the encoder looks up on
-its device. So a prepared picture takes a quarter of the memory, on the way to the engine's process too.
+Pixels stay bytes: what the tower reads are the float32 values of ``PictureConfig.levels``, which the encoder looks up
+on its device. So a prepared picture takes a quarter of the memory, on the way to the engine's process too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,8 +70,9 @@ def build_processor(config: VisionModelConfig) -> Processor:
     """The processor of a model."""
     from lmdeploy.vl.processors import anyres, internvl, native, square
 
-    kinds = {'internvl': internvl.InternVLProcessor, 'crop': square.SquareProcessor, 'squash': square.SquareProcessor,
-             'anyres': anyres.AnyresProcessor, 'native': native.NativeProcessor}  # fmt: skip
+    kinds: dict[str, Callable[[VisionModelConfig], Processor]] = {
+        'internvl': internvl.InternVLProcessor, 'crop': square.SquareProcessor, 'squash': square.SquareProcessor,
+        'anyres': anyres.AnyresProcessor, 'native': native.NativeProcessor}  # fmt: skip
     return kinds[config.picture.tiling](config)
 
 

@@ -36,4 +36,5 @@ def qwen(architecture: str = 'Qwen2VLForConditionalGeneration', **pictures: Any)
     if architecture.startswith('Qwen2_5'):
         vision = {'depth': 1, 'hidden_size': 32, 'num_heads': 2, 'intermediate_size': 64, 'out_hidden_size': 64,
                   'fullatt_block_indexes': [0]}  # fmt: skip
-    return read_vision({'architectures': [architecture], 'image_token_id': 9, 'vision_config': vision, **TEXT}, pictures)
+    config = {'architectures': [architecture], 'image_token_id': 9, 'vision_config': vision, **TEXT}
+    return read_vision(config, pictures)

@@ -5,6 +5,7 @@ Life: built, :meth:`VisionEncoder.load` once from the checkpoint that the decode
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.config.vision import INTERNVL, INTERNVL_HF, LLAVA, LLAVA_NEXT, Layout, PictureConfig, VisionModelConfig
+from lmdeploy.models.vision.vit import ViT
 from lmdeploy.nn.build import Build
 from lmdeploy.weights.checkpoint import Prefix
 
@@ -38,6 +40,10 @@ class VisionEncoder(Protocol):
         Raises:
             LoadError: a tensor is missing or has the wrong shape.
         """
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the tensors that :meth:`load` pulls, for made-up weights."""
         ...
 
     def __call__(self, pixels: Sequence[Tensor]) -> list[Tensor]:
@@ -77,3 +83,14 @@ class Levels:
         """``[n, 3, H, W] uint8`` on any device to the same shape in the engine's dtype, on its device."""
         bytes_ = pixels.to(self.table.device).int()
         return torch.stack([self.table[channel][bytes_[:, channel]] for channel in range(3)], 1)
+
+
+def first_child(prefix: Prefix, names: Sequence[str]) -> Prefix:
+    """The first of ``names`` that the checkpoint has, or the last."""
+    return prefix.child(next((name for name in names if prefix.has(name)), names[-1]))
+
+
+def unused_layers(tower: ViT, layers: int) -> tuple[str, ...]:
+    """Patterns of the layers of a checkpoint's ``layers`` behind the one whose output is taken."""
+    return tuple(rf'vision_(tower|model)\..*{re.escape(tower.names.layers)}\.{i}\.' for i in
+                 range(len(tower.layers), layers))

@@ -1,7 +1,8 @@
 """LLaVA-NeXT's "any resolution" (Liu et al. 2024): a thumbnail, and the tiles of a canvas that the picture fits into.
 
-Of the canvases that a model lists, the one is taken on which most of the picture's pixels survive, and of equals the one
-with the least padding. In the embeddings the padding is cut off again, and every row of the canvas ends in a newline.
+Of the canvases that a model lists, the one is taken on which most of the picture's pixels survive, and of equals the
+one with the least padding. In the embeddings the padding is cut off again, and every row of the canvas ends in a
+newline.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class AnyresProcessor:
         image, (rows, columns) = rgb(image), layout.grid
         canvas = Image.new('RGB', (columns * side, rows * side))
         width, height = _fit(image.size, canvas.size)
-        canvas.paste(image.resize((width, height), resample), ((canvas.width - width) // 2, (canvas.height - height) // 2))
+        corner = (canvas.width - width) // 2, (canvas.height - height) // 2
+        canvas.paste(image.resize((width, height), resample), corner)
         tiles = [image.resize((side, side), resample)]
         tiles += [canvas.crop((side * column, side * row, side * (column + 1), side * (row + 1)))
                   for row in range(rows) for column in range(columns)]

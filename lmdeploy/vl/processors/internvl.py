@@ -1,7 +1,7 @@
 """InternVL's dynamic tiling (Chen et al. 2024, "How Far Are We to GPT-4V?"): a grid of square tiles and a thumbnail.
 
-The grid is the one whose shape is nearest to the picture's. Of equally near ones, a later one (they are ordered by area)
-is taken only if the picture has more than half of its pixels.
+The grid is the one whose shape is nearest to the picture's. Of equally near ones, a later one (they are ordered by
+area) is taken only if the picture has more than half of its pixels.
 """
 
 from __future__ import annotations
