@@ -99,6 +99,18 @@ def _activation(bench: Bench, name: str) -> Work:
     return f'[{bench.rows}, 2 x {width}]', 3 * bench.rows * width * bench.dtype.itemsize, 0.0, make
 
 
+def _hadamard(bench: Bench, name: str) -> Work:
+    op, width = registered(bench.device.type)[name], bench.config.intermediate_size
+    block = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if width % size == 0)
+
+    def make() -> Call:
+        x = bench.random(bench.rows, width)
+        return lambda: op(x, block)
+
+    size = bench.rows * width
+    return f'[{bench.rows}, {width}] by {block}', 2 * size * bench.dtype.itemsize, 2.0 * size * block, make
+
+
 def _embed(bench: Bench, name: str) -> Work:
     op, config = registered(bench.device.type)[name], bench.config
     table = bench.random(config.vocab_size, config.hidden_size)
@@ -246,7 +258,7 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
     'rope_write_kv': _rope_write_kv, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
     'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
-    'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results,
+    'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results, 'hadamard': _hadamard,
 }
 AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'}  # see linears() and attention()
 

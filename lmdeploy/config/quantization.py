@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmdeploy.config.fields import Fields, shown
@@ -21,6 +21,7 @@ PACK, INT, FLOAT = 'pack-quantized', 'int-quantized', 'float-quantized'
 METHODS = (AWQ, GPTQ, COMPRESSED, FP8, SMOOTH)
 MAX_GROUP = 1 << 17
 MAX_PATTERNS, MAX_PATTERN = 100_000, 1024
+HADAMARDS = tuple(1 << power for power in range(1, 11))  # sizes of a block of channels
 _REPEATED_GROUP = re.compile(r'\)[*+{]')  # (a+)+ and its kin, which take exponential time
 _NESTED = ('language_config', 'llm_config', 'text_config')
 
@@ -40,6 +41,7 @@ class Storage:
         activation: what inputs are quantised to: ``''`` (they are not), ``'int8'``, ``'float8_e4m3fn'``, ...
         activation_group: input channels of a token that share a scale; 0: all.
         static: inputs have one scale, which is stored with the layer.
+        transform: what is done to inputs before the product, ``'hadamard:128'``; ``''``: nothing.
     """
 
     format: str
@@ -52,6 +54,7 @@ class Storage:
     activation: str = ''
     activation_group: int = 0
     static: bool = False
+    transform: str = ''
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,18 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class TransformRule:
+    """Inputs of the layers that match one of ``targets``, and none of ``ignored``, are transformed as ``name`` says."""
+
+    targets: tuple[Rule, ...]
+    ignored: tuple[Rule, ...]
+    name: str
+
+    def matches(self, name: str) -> bool:
+        return any(rule.matches(name) for rule in self.targets) and not any(r.matches(name) for r in self.ignored)
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """All of a checkpoint's rules; the first that matches a layer decides.
 
@@ -81,10 +96,29 @@ class Quantization:
 
     method: str
     rules: tuple[Rule, ...]
+    transforms: tuple[TransformRule, ...] = ()
 
     def storage(self, name: str) -> Storage | None:
         """How the layer ``name`` is stored; None: as plain floating-point numbers."""
-        return next((rule.storage for rule in self.rules if rule.matches(name)), None)
+        found = next((rule.storage for rule in self.rules if rule.matches(name)), None)
+        return replace(found, transform=self.transform(name)) if found is not None and self.transforms else found
+
+    def transform(self, name: str) -> str:
+        """What is done to the inputs of the layer ``name``, quantised or not, see :attr:`Storage.transform`."""
+        return next((rule.name for rule in self.transforms if rule.matches(name)), '')
+
+
+def hadamard_name(block: int) -> str:
+    """The name of the block Hadamard transform, for :attr:`Storage.transform`."""
+    return f'hadamard:{block}'
+
+
+def hadamard_block(name: str) -> int:
+    """The inverse."""
+    kind, _, block = name.partition(':')
+    if kind != 'hadamard':
+        raise ValueError(f'there is no transform {name!r}')
+    return int(block)
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -100,7 +134,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     reader = {AWQ: _awq, GPTQ: _gptq, COMPRESSED: _compressed, FP8: _fp8, SMOOTH: _smooth}.get(method)
     if reader is None:
         raise ConfigError('LMD-116', method=method[:80], known=', '.join(METHODS))
-    return Quantization(method, reader(fields))
+    return Quantization(method, reader(fields), _transforms(fields) if method == COMPRESSED else ())
 
 
 def check_model_format(model_format: str | None, config: Mapping[str, Any]) -> None:
@@ -196,11 +230,10 @@ def _smooth(fields: Fields) -> tuple[Rule, ...]:
 
 def _compressed(fields: Fields) -> tuple[Rule, ...]:
     _among(fields, 'quantization_status', fields.text('quantization_status', 'compressed'), ('compressed',))
-    for name, inner in (('transform_config', 'config_groups'), ('sparsity_config', 'format')):
-        nested = fields.object(name)
-        value = None if nested is None else nested.raw(inner)
-        if value not in (None, {}, 'dense'):
-            raise ConfigError('LMD-115', field=f'{fields.path}{name}.{inner}', value=shown(value), known='null')
+    nested = fields.object('sparsity_config')
+    sparsity = None if nested is None else nested.raw('format')
+    if sparsity not in (None, 'dense'):
+        raise ConfigError('LMD-115', field=f'{fields.path}sparsity_config.format', value=shown(sparsity), known='null')
     if fields.has('kv_cache_scheme'):
         get_logger().warning('%skv_cache_scheme is not used: quant_policy says how the KV cache is stored', fields.path)
     rules = [*_ignored(fields, 'ignore')]
@@ -250,6 +283,47 @@ def _compressed_group(group: Fields, form: str) -> Storage:
                           value=shown(group.raw('output_activations')), known='null')  # fmt: skip
     return Storage(form, 'int' if kind == 'int' else 'float8_e4m3fn', bits, size, rows, symmetric,
                    activation=activation, activation_group=inner, static=static)  # fmt: skip
+
+
+def _transforms(fields: Fields) -> tuple[TransformRule, ...]:
+    """What a ``transform_config`` does to inputs while the model runs; what it did to weights is in them already."""
+    config = fields.object('transform_config')
+    groups = None if config is None else config.object('config_groups')
+    rules = []
+    for name in groups.values if groups is not None else ():
+        group = groups.object(name) if groups is not None else None
+        entries = None if group is None else group.raw('apply')
+        if group is None or not isinstance(entries, list):
+            raise ConfigError('LMD-112', field=f'{fields.path}transform_config.config_groups.{name}.apply',
+                              wanted='a list of objects')  # fmt: skip
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, Mapping):
+                raise group.bad('apply', 'a list of objects')
+            apply = Fields(entry, f'{group.path}apply.{i}.')
+            location = apply.text('location')
+            _among(apply, 'location', location, ('input', 'weight_input', 'weight_output'))
+            if location == 'input':
+                rules.append(_transform(group, apply))
+    return tuple(rules)
+
+
+def _transform(group: Fields, apply: Fields) -> TransformRule:
+    _among(group, 'type', group.text('type'), ('hadamard',))
+    _among(group, 'randomize', group.flag('randomize', False), (False,))
+    block = group.whole('head_dim', 1, MAX_GROUP, 0) if group.has('head_dim') else 0
+    _among(group, 'head_dim', block, HADAMARDS)
+    return TransformRule(_patterns(apply, 'targets'), _patterns(apply, 'ignore'), hadamard_name(block))
+
+
+def _patterns(fields: Fields, name: str) -> tuple[Rule, ...]:
+    """A name or a list of names of layers; ``Linear`` is all."""
+    given = fields.raw(name)
+    values = [given] if isinstance(given, str) else given or []
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise fields.bad(name, 'a list of names of layers')
+    for value in values:
+        _check_pattern(fields, name, value)
+    return tuple(Rule('' if value == 'Linear' else value, None) for value in values)
 
 
 def _strategy(weights: Fields, form: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class QuantPolicy:
             return form
         if storage is not None and prefix.checkpoint.dummy:
             return RoundedFormat(storage)
-        dense = DenseFormat()
+        dense = DenseFormat('' if self.quantization is None else self.quantization.transform(prefix.path))
         if dense.detect(tensors) and prefix.dtype_name('weight') in (*FLOATS, 'F64', *BLOCK_TYPES):
             return dense
         if storage is None and self.quantization is None and 'weight' not in tensors:

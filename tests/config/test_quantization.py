@@ -35,6 +35,16 @@ PACKED = {
     'transform_config': {'config_groups': {}}, 'sparsity_config': {},
 }
 GROUP = 'config_groups.group_0'
+TRANSFORMS = 'transform_config.config_groups'
+
+
+def spread(**changes: Any) -> dict:
+    """The groups of a transform_config: a block Hadamard on the inputs of two kinds of layers."""
+    targets = {'targets': ['re:.*(q|down)_proj$'], 'ignore': ['layers.3']}
+    entry = {key: changes.pop(key) for key in ('targets', 'location', 'ignore') if key in changes}
+    apply = [targets | {'location': 'weight_input', 'inverse': True}, targets | {'location': 'input'} | entry]
+    return {'spread': {'type': 'hadamard', 'apply': apply, 'randomize': False, 'head_dim': 64,
+                       'precision': 'torch.float32'} | changes}  # fmt: skip
 
 
 def changed(config: dict, changes: dict[str, Any]) -> dict:
@@ -64,6 +74,15 @@ def test_what_each_method_means():
     assert storage(FP8, weight_block_size=None, activation_scheme='static').static
     assert storage(SMOOTH) == Storage('smooth_quant', activation='int8')
     assert storage(SMOOTH, quant_dtype=E4M3) == Storage('smooth_quant', E4M3, activation=E4M3)
+
+
+def test_inputs_are_transformed_where_it_is_said():
+    found = read_quantization({'quantization_config': changed(PACKED, {TRANSFORMS: spread()})})
+    assert found is not None and found.storage(LAYER) == Storage('pack-quantized', bits=4, group=128,
+                                                                 transform='hadamard:64')
+    assert found.transform('model.layers.11.mlp.down_proj') == 'hadamard:64'
+    assert not found.transform('model.layers.3.mlp.down_proj') and not found.transform('model.layers.11.mlp.up_proj')
+    assert found.storage('model.layers.3.self_attn.q_proj') == storage(PACKED)
 
 
 def test_what_compressed_tensors_means():
@@ -166,7 +185,15 @@ A = f'{GROUP}.input_activations'
     (PACKED, {'config_groups': {}}, 'LMD-112', 'config_groups'),
     (PACKED, {'config_groups': {'group_0': 3}}, 'LMD-113', 'group_0'),
     (PACKED, {'quantization_status': 'frozen'}, 'LMD-115', 'frozen'),
-    (PACKED, {'transform_config.config_groups': {'u': {'type': 'hadamard'}}}, 'LMD-115', 'transform_config'),
+    (PACKED, {TRANSFORMS: {'u': {'type': 'hadamard'}}}, 'LMD-112', 'transform_config.config_groups.u.apply'),
+    (PACKED, {TRANSFORMS: {'u': {'type': 'hadamard', 'apply': [3]}}}, 'LMD-113', 'apply'),
+    (PACKED, {TRANSFORMS: spread(type='random-hadamard')}, 'LMD-115', 'random-hadamard'),
+    (PACKED, {TRANSFORMS: spread(randomize=True)}, 'LMD-115', 'randomize'),
+    (PACKED, {TRANSFORMS: spread(head_dim=None)}, 'LMD-115', 'head_dim'),
+    (PACKED, {TRANSFORMS: spread(head_dim=96)}, 'LMD-115', 'head_dim = 96'),
+    (PACKED, {TRANSFORMS: spread(location='output')}, 'LMD-115', 'location'),
+    (PACKED, {TRANSFORMS: spread(targets=['re:(a+)+$'])}, 'LMD-113', 'repeated groups'),
+    (PACKED, {TRANSFORMS: spread(targets=7)}, 'LMD-113', 'targets'),
     (PACKED, {'sparsity_config.format': 'sparse-24'}, 'LMD-115', 'sparsity_config'),
 ])  # fmt: skip
 def test_what_is_refused_by_name(config: dict, changes: dict, code: str, text: str):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lmdeploy.config.quantization import Storage
+from lmdeploy.config.quantization import Storage, hadamard_block
 from lmdeploy.errors import LoadError
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.scheme import QuantScheme
@@ -20,11 +20,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What headers tell of a layer."""
+    """What headers and the configuration tell of a layer."""
 
     scheme: QuantScheme
     out_features: int
     in_features: int
+    transform: str = ''
 
     @property
     def groups(self) -> int:
@@ -99,6 +100,17 @@ def matrix_shape(prefix: Prefix, name: str) -> tuple[int, int]:
         raise LoadError('LMD-133', tensor=f'{prefix.path}.{name}', file=prefix.checkpoint.path, found=list(found),
                         wanted='[any, any]')  # fmt: skip
     return found[0], found[1]
+
+
+def check_transform(prefix: Prefix, layout: Layout, form: str) -> Layout:
+    """``layout``, whose inputs have to be whole blocks of its transform.
+
+    Raises:
+        LoadError: LMD-142: they are not.
+    """
+    if layout.transform and layout.in_features % (block := hadamard_block(layout.transform)):
+        raise unlike(prefix, form, f'blocks of {block} do not divide its {layout.in_features} inputs')
+    return layout
 
 
 def unlike(prefix: Prefix, form: str, reason: str) -> LoadError:

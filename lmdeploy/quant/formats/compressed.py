@@ -21,6 +21,7 @@ from lmdeploy.quant.formats.base import (
     Layout,
     Shape,
     centred,
+    check_transform,
     expect,
     load_bias,
     scheme_of,
@@ -57,7 +58,7 @@ class PackedFormat:
         out_features, in_features = prefix.get(SHAPE).tolist()
         if not (0 < out_features < MAX_SIZE and 0 < in_features < MAX_SIZE):
             raise unlike(prefix, self.name, f'weight_shape is [{out_features}, {in_features}]')
-        layout = Layout(scheme_of(storage), out_features, in_features)
+        layout = Layout(scheme_of(storage), out_features, in_features, storage.transform)
         expect(prefix, WEIGHT, ((out_features, words_for(in_features, bits)),), ('I32',), self.name)
         expect(prefix, SCALE, self._shapes(layout), FLOATS, self.name)
         if not storage.symmetric:
@@ -66,7 +67,7 @@ class PackedFormat:
             expect(prefix, ORDER, ((in_features,),), ('I32', 'I64'), self.name)
         if storage.static:
             expect(prefix, INPUT_SCALE, ((), (1,)), FLOATS, self.name)
-        return layout
+        return check_transform(prefix, layout, self.name)
 
     def load(self, prefix: Prefix, dtype: torch.dtype) -> LinearBundle:
         layout, storage, bits = self.describe(prefix, dtype), self.storage, self.storage.bits
@@ -87,6 +88,7 @@ class PackedFormat:
             scales=scales.expand(layout.groups, layout.out_features).contiguous(), zeros=zeros,
             bias=load_bias(prefix, layout.out_features, dtype), perm=perm,
             input_scale=prefix.get(INPUT_SCALE).reshape(()) if storage.static else None,
+            input_transform=layout.transform,
         )  # fmt: skip
 
     def save(self, bundle: LinearBundle) -> dict[str, Tensor]:

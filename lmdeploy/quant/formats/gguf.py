@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.formats.base import Layout, load_bias, with_bias
+from lmdeploy.quant.formats.base import Layout, load_bias, matrix_shape, with_bias
 from lmdeploy.quant.scheme import QuantScheme
 from lmdeploy.weights.checkpoint import Prefix
 from lmdeploy.weights.dequant import BLOCK_SIZES, BLOCK_TYPES, dequantize
@@ -45,7 +45,8 @@ class GGUFFormat:
     def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
         name = self._tensor(prefix)
         if name == 'weight':
-            return Layout(SCHEMES[prefix.dtype_name(name)], *prefix.shape(name))
+            out_features, in_features = matrix_shape(prefix, name)
+            return Layout(SCHEMES[prefix.dtype_name(name)], out_features, in_features)
         elements, nbytes = BLOCK_SIZES[name.upper()]
         out_features, row_bytes = prefix.shape(name)
         return Layout(SCHEMES[name.upper()], out_features, row_bytes // nbytes * elements)

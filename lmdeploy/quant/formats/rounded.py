@@ -10,7 +10,7 @@ from torch import Tensor
 from lmdeploy.config.quantization import Storage
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
-from lmdeploy.quant.formats.base import Layout, load_bias, matrix_shape, scheme_of
+from lmdeploy.quant.formats.base import Layout, check_transform, load_bias, matrix_shape, scheme_of
 from lmdeploy.quant.formats.dense import DenseFormat
 from lmdeploy.quant.rounding import round_weight
 from lmdeploy.weights.checkpoint import Prefix
@@ -30,12 +30,13 @@ class RoundedFormat:
         return 'weight' in tensors
 
     def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
-        return Layout(scheme_of(self.storage), *matrix_shape(prefix, 'weight'))
+        layout = Layout(scheme_of(self.storage), *matrix_shape(prefix, 'weight'), self.storage.transform)
+        return check_transform(prefix, layout, self.name)
 
     def load(self, prefix: Prefix, dtype: torch.dtype) -> LinearBundle:
         weight = prefix.get('weight', (None, None))
         bundle = round_weight(weight, replace(self.storage, static=False))
-        bundle.scheme = scheme_of(self.storage)
+        bundle.scheme, bundle.input_transform = scheme_of(self.storage), self.storage.transform
         bundle.bias = load_bias(prefix, weight.shape[0], dtype)
         if self.storage.static:
             bundle.input_scale = torch.ones((), device=weight.device)

@@ -19,6 +19,7 @@ from lmdeploy.quant.formats.base import (
     Layout,
     Shape,
     centred,
+    check_transform,
     expect,
     load_bias,
     matrix_shape,
@@ -54,7 +55,7 @@ class ScaledFormat:
     def describe(self, prefix: Prefix, dtype: torch.dtype) -> Layout:
         storage = self.storage
         out_features, in_features = matrix_shape(prefix, 'weight')
-        layout = Layout(scheme_of(storage), out_features, in_features)
+        layout = Layout(scheme_of(storage), out_features, in_features, storage.transform)
         expect(prefix, 'weight', ((out_features, in_features),), (TYPES[storage.kind],), self.name)
         shapes = self._shapes(layout)
         expect(prefix, self._scale(prefix), shapes, FLOATS, self.name)
@@ -62,7 +63,7 @@ class ScaledFormat:
             expect(prefix, ZEROS, shapes, ('I8', *FLOATS, 'F8_E4M3'), self.name)
         if storage.static:
             expect(prefix, INPUT_SCALE, ((), (1,)), FLOATS, self.name)
-        return layout
+        return check_transform(prefix, layout, self.name)
 
     def load(self, prefix: Prefix, dtype: torch.dtype) -> LinearBundle:
         layout, storage = self.describe(prefix, dtype), self.storage
@@ -81,6 +82,7 @@ class ScaledFormat:
             scales=self._canonical(prefix.get(self._scale(prefix)), layout), zeros=zeros,
             bias=load_bias(prefix, layout.out_features, dtype),
             input_scale=prefix.get(INPUT_SCALE).reshape(()) if storage.static else None,
+            input_transform=layout.transform,
         )  # fmt: skip
 
     def save(self, bundle: LinearBundle) -> dict[str, Tensor]:
