@@ -12,6 +12,7 @@ from lmdeploy.config.model import ModelConfig
 from lmdeploy.config.quantization import check_model_format
 from lmdeploy.engine.plan import StepPlan
 from lmdeploy.executor.base import Capacity
+from lmdeploy.parallel.group import ALONE, Group
 from lmdeploy.runner.graphs import GraphStep, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.mixed import MixedStep
@@ -27,14 +28,14 @@ class LocalExecutor:
         engine_config: what the user asked for.
         model_files_path: model folder or ``.gguf`` file.
         model_config, checkpoint: those of the path, where they are open already.
-        record: see :class:`ModelRunner`.
+        record, group: see :class:`ModelRunner`.
     """
 
     def __init__(self, engine_config: EngineConfig, model_files_path: Path, *, model_config: ModelConfig | None = None,
-                 checkpoint: Checkpoint | None = None, record: Record | None = None) -> None:
+                 checkpoint: Checkpoint | None = None, record: Record | None = None, group: Group = ALONE) -> None:
         self._given = engine_config, model_files_path, checkpoint
         self._runner = ModelRunner(engine_config, model_files_path, model_config=model_config, checkpoint=checkpoint,
-                                   record=record)
+                                   record=record, group=group)
 
     @property
     def model_config(self) -> ModelConfig:

@@ -41,7 +41,7 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, name:
         backend = dist.ProcessGroupGloo(own, rank, size, options)
     else:
         backend = dist.ProcessGroupNCCL(own, rank, size, dist.ProcessGroupNCCL.Options())
-    group = Group(rank, size, Distributed(backend, size))
+    group = Group(rank, size, Distributed(backend, size), device)
     group.all_reduce(torch.zeros(1, device=device))  # the connections are made by the first exchange
     backend.set_timeout(timedelta(seconds=STEP_SECONDS))
     return group

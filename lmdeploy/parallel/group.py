@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -29,11 +30,15 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``size`` ranks of which this is ``rank``; every rank calls the same operations in the same order."""
+    """``size`` ranks of which this is ``rank``; every rank calls the same operations in the same order.
+
+    ``device`` is where this rank's tensors lie.
+    """
 
     rank: int = 0
     size: int = 1
     transport: Transport | None = None
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.transport is None and (self.size != 1 or self.rank != 0):
@@ -48,6 +53,10 @@ class Group:
         if self.transport is None:
             return x
         return self.transport.all_gather(x).movedim(0, -2).flatten(-2)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """``[size, n]``: all ranks' ``x [1, n]`` of the host, on the host; slow."""
+        return x if self.transport is None else self.transport.all_gather(x.to(self.device)).flatten(0, 1).cpu()
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Rank ``source``'s ``x``; that of the others is overwritten."""

@@ -19,6 +19,8 @@ from lmdeploy.config.model import ModelConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.kv.cache import KVShape
 from lmdeploy.kv.format import format_of
+from lmdeploy.parallel.group import ALONE, Group
+from lmdeploy.parallel.heads import share_heads
 from lmdeploy.runner.host import free_host_memory
 from lmdeploy.runner.tables import DeviceTables
 
@@ -67,10 +69,11 @@ def measure(device: torch.device) -> Room:
 
 
 def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, room: Room, *,
-                weights: int | None = None, workspace: int | None = None) -> MemoryPlan:
+                weights: int | None = None, workspace: int | None = None, group: Group = ALONE) -> MemoryPlan:
     """Share out ``room``.
 
     Args:
+        group: the ranks that share the model; on a CPU they share the room as well.
         weights: bytes that the weights will still take; None: what the model's shape says.
         workspace: bytes that will be needed beside weights and cache; None: what the sizes say.
 
@@ -79,13 +82,16 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
             blocks does not, LMD-204 the named number of blocks holds less than the named session.
     """
     itemsize = dtype.itemsize
+    if room.on_cpu:
+        room = replace(room, free=room.free // group.size, total=room.total // group.size)
     gpu_batch = BIG_GPU_BATCH if room.total >= BIG_GPU else GPU_BATCH
     batch = engine.max_batch_size or (CPU_BATCH if room.on_cpu else gpu_batch)
     usual = CPU_STEP_TOKENS if room.on_cpu else GPU_STEP_TOKENS
     step = min(engine.max_step_tokens or usual, usual)
-    shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim)
+    keys = share_heads(model.num_heads, model.num_kv_heads, group.rank, group.size).keys
+    shape = KVShape(model.num_layers, len(keys), model.head_dim)
     plan = MemoryPlan(
-        weights=weight_bytes(model, itemsize, room.on_cpu) if weights is None else weights,
+        weights=weight_bytes(model, itemsize, room.on_cpu) // group.size if weights is None else weights,
         workspace=_workspace(engine, model, itemsize, batch, step, room) if workspace is None else workspace,
         block=shape.bytes_per_block(engine.block_size, format_of(engine.quant_policy, dtype)),
         num_blocks=0,
@@ -141,6 +147,15 @@ def _with_share(plan: MemoryPlan, engine: EngineConfig, room: Room, left: int) -
     if not engine.prefix_caching:
         blocks = min(blocks, plan.max_batch_size * -(-session_len // size))
     return replace(plan, num_blocks=blocks, session_len=session_len)
+
+
+def agree(plan: MemoryPlan, group: Group) -> MemoryPlan:
+    """``plan`` with what all ranks have room for; every rank calls this."""
+    if group.size == 1:
+        return plan
+    mine = torch.tensor([[plan.num_blocks, plan.session_len, plan.max_batch_size, plan.max_step_tokens]])
+    least = group.exchange(mine).amin(0).tolist()
+    return replace(plan, num_blocks=least[0], session_len=least[1], max_batch_size=least[2], max_step_tokens=least[3])
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, packed: bool) -> int:

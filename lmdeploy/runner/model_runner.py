@@ -27,6 +27,7 @@ from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
 from lmdeploy.models.shapes import tensor_shapes
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
+from lmdeploy.parallel.group import ALONE, Group
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Kind, Record
@@ -36,6 +37,7 @@ from lmdeploy.runner.memory import (
     BASE_WORKSPACE,
     MemoryPlan,
     Room,
+    agree,
     gib,
     graph_bytes,
     measure,
@@ -64,13 +66,15 @@ class ModelRunner:
         path: model folder or ``.gguf`` file.
         model_config, checkpoint: those of ``path``, where they are open already.
         record: makes the graphs; None: the device's own, and none on a CPU.
+        group: the ranks that share the model, of which this is one.
 
     Attributes:
         model_config, dtype, device, generation_config, plan: known after :meth:`start`.
     """
 
     def __init__(self, engine: EngineConfig, path: Path, *, model_config: ModelConfig | None = None,
-                 checkpoint: Checkpoint | None = None, record: Record | None = None) -> None:
+                 checkpoint: Checkpoint | None = None, record: Record | None = None, group: Group = ALONE) -> None:
+        self.group = group
         self.engine, self.path, self._record = engine, path, record
         self._given_config, self._given_checkpoint = model_config, checkpoint
         self.model_config: ModelConfig
@@ -96,7 +100,8 @@ class ModelRunner:
         try:
             free = self._prepare(checkpoint).free
             with self._stage('weights', free):
-                build = Build(dtype=self.dtype, device=self.device, kv_bits=self.engine.quant_policy)
+                build = Build(dtype=self.dtype, device=self.device, group=self.group,
+                              kv_bits=self.engine.quant_policy)  # fmt: skip
                 self.model = build_model(self.model_config, build)
                 if self.device.type != 'cpu':
                     checkpoint.upload_to(self.device)
@@ -217,11 +222,11 @@ class ModelRunner:
         engine = self.engine
         config = self._given_config or self._read_config(checkpoint, engine.session_len)
         self.generation_config = checkpoint.generation_config
-        self.device = choose_device(engine.device)
+        self.device = self.group.device or choose_device(engine.device)
         self.dtype = choose_dtype(engine.dtype, self.device, config.dtype_name)
         self.threads = limit_threads()
         room = measure(self.device)
-        self.plan = plan_memory(engine, config, self.dtype, room)
+        self.plan = agree(plan_memory(engine, config, self.dtype, room, group=self.group), self.group)
         if self.plan.session_len != (engine.session_len or config.context_len):
             get_logger().warning(
                 'session_len is %d: the KV cache does not hold the %d tokens that the model could read',
@@ -252,8 +257,9 @@ class ModelRunner:
         graphs = graph_bytes(self.engine, self.model_config, self.plan.max_batch_size)
         get_logger().info('the largest step takes %s', gib(peak))
         sized = replace(self.engine, session_len=self.plan.session_len)  # which the model was built for
-        return plan_memory(sized, self.model_config, self.dtype, measure(self.device), weights=0,
-                           workspace=BASE_WORKSPACE + peak + graphs)  # fmt: skip
+        plan = plan_memory(sized, self.model_config, self.dtype, measure(self.device), weights=0,
+                           workspace=BASE_WORKSPACE + peak + graphs, group=self.group)  # fmt: skip
+        return agree(plan, self.group)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -305,7 +311,12 @@ class ModelRunner:
         return found
 
     def _with_memory(self, plan: StepPlan, step: Callable[[], Launched]) -> Launched:
-        """Run ``step``; if memory runs out, free what can be freed and try once more; then the step has failed."""
+        """Run ``step``; if memory runs out, free what can be freed and try once more; then the step has failed.
+
+        With several ranks there is no second time: the others wait within the first.
+        """
+        if self.group.size > 1:
+            return step()
         try:
             return step()
         except (MemoryError, RuntimeError) as error:
