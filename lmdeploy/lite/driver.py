@@ -147,13 +147,17 @@ class Driver:
         wanted = [name for name in SITES if recipe.storage(index, name) is not None]
         self.watch(Event('statistics', index))
         statistics = self._statistics(layer, sites, wanted)
+        before = {name: statistics[name].outlier for name in wanted}
+        after = dict(before)
         for name in ('down', 'o', 'gate_up', 'qkv'):  # before what they are folded into is fitted
             if name in wanted and (scale := recipe.scale(sites[name], statistics[name])) is not None:
                 self._fold(layer, sites[name], scale, statistics[name])
+                after[name] = statistics[name].outlier
         fitted: dict[SiteName, Fitted] = {}
         for name in wanted:
             self.watch(Event('fit', index, name))
             fitted[name] = recipe.fit(sites[name], statistics.pop(name))
+            fitted[name].report.outliers = round(before[name], 2), round(after[name], 2)
             self.watch(Event('fitted', index, name, fitted[name].report))
         self.watch(Event('tune', index))
         with torch.enable_grad():

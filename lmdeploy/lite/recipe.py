@@ -147,6 +147,11 @@ class SiteStatistics:
     sample: Tensor | None = None
     cross: Tensor | None = None
 
+    @property
+    def outlier(self) -> float:
+        """The largest magnitude over the mean one."""
+        return float(self.absmax.max() / self.absmean.mean().clamp(min=1e-12))
+
     def scaled(self, s: Tensor) -> None:
         """Take the statistics of ``x / s``, ``s [in]``, in place."""
         self.absmean, self.absmax = self.absmean / s, self.absmax / s
@@ -164,11 +169,13 @@ class SiteReport:
     Attributes:
         loss: ``E|W'x - Wx|^2 / E|Wx|^2``, after everything. baseline: the same of rounding to the nearest.
         choices: for the report, such as ``{'ratio': 0.35, 'order': 'static'}``.
+        outliers: the inputs' largest magnitude over their mean one, before and after scaling; filled in by the driver.
     """
 
     loss: float
     baseline: float
     choices: dict[str, str | float | int | bool] = field(default_factory=dict)
+    outliers: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(slots=True)
