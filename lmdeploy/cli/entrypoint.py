@@ -68,6 +68,7 @@ class Command:
 COMMANDS = {
     'chat': Command('lmdeploy.cli.chat', 'talk to a model in the terminal'),
     'serve': Command('lmdeploy.cli.serve', 'serve a model over HTTP'),
+    'lite': Command('lmdeploy.cli.lite', 'quantise a model'),
     'bench': Command('lmdeploy.cli.bench', 'measure the engine, a server, or the kernels'),
     'list': Command('lmdeploy.cli.list', 'list the models that have a short name, or the chat templates'),
     'pull': Command('lmdeploy.cli.pull', 'download a model'),

@@ -16,6 +16,7 @@ from lmdeploy.errors import LmdeployError
 from lmdeploy.log import json_line
 from lmdeploy.texts import LANGUAGES
 from lmdeploy.texts.cli import NOTES
+from lmdeploy.texts.lite import NOTES as LITE_NOTES
 
 __all__ = ['LANGUAGES', 'Screen', 'choose_language', 'printable']
 
@@ -39,8 +40,8 @@ class Screen:
     as_json: bool = False
 
     def text(self, note: str, **params: object) -> str:
-        """The text of a note (a key of ``lmdeploy.texts.cli.NOTES``) with its parameters filled in."""
-        return NOTES[note][self.lang].format(**params)
+        """The text of a note (a key of NOTES in ``lmdeploy.texts``) with its parameters filled in."""
+        return (NOTES.get(note) or LITE_NOTES[note])[self.lang].format(**params)
 
     def note(self, note: str, **params: object) -> None:
         """Print a note."""

@@ -25,7 +25,7 @@ from lmdeploy.lite.html import to_html
 from lmdeploy.lite.markdown import to_markdown
 from lmdeploy.lite.output import placed, write_output
 from lmdeploy.lite.recipe import ROLES, SITES, Need, Recipe
-from lmdeploy.lite.report import CalibrationReport, LayerReport, Report, Sizes, loads_in, sizes_of, to_json
+from lmdeploy.lite.report import CalibrationReport, LayerReport, Report, Sizes, from_json, loads_in, sizes_of, to_json
 from lmdeploy.lite.source import Source, open_source
 from lmdeploy.lite.workdir import REPORT, STATE, WorkDir
 from lmdeploy.quant.formats.base import scheme_of
@@ -129,6 +129,12 @@ class Job:
             'dtype': str(self.source.dtype), 'device': self.device.type, 'batch': self.options.batch_size,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def finished(self) -> Report | None:
+        """The report of an equal run that has ended in this folder; None: there is none."""
+        if self.options.restart or not WorkDir.finished(self.options.work_dir, self.key):
+            return None
+        return from_json((self.options.work_dir / REPORT).read_text(encoding='utf-8'))
 
     @property
     def storage(self) -> Storage:

@@ -141,3 +141,16 @@ def loads_in(storage: Storage, extra: bool) -> dict[str, str]:
 
 def to_json(report: Report) -> str:
     return json.dumps(report.as_json(), indent=2, ensure_ascii=False) + '\n'
+
+
+def from_json(text: str) -> Report:
+    """The inverse of :func:`to_json`."""
+    raw = json.loads(text)
+    raw['calibration'] = CalibrationReport(**raw['calibration']) if raw['calibration'] else None
+    raw['layers'] = [LayerReport(layer['index'], layer['seconds'],
+                                 {name: SiteReport(**site) for name, site in layer['sites'].items()})
+                     for layer in raw['layers']]  # fmt: skip
+    raw['sizes'] = Sizes(**raw['sizes'])
+    raw['quality'] = [Quality(**entry) for entry in raw['quality']]
+    raw['answers'] = [Answer(**entry) for entry in raw['answers']]
+    return Report(**raw)

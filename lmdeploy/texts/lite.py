@@ -68,3 +68,37 @@ TEXTS: dict[str, dict[str, str]] = {
               '请更换校准文本；若模型以 float16 读取，请改用 --dtype bfloat16。',
     },
 }
+
+NOTES: dict[str, dict[str, str]] = {
+    'lite plan': {
+        'en': 'lite {method}: {model} -> {folder}, {what}',
+        'zh': 'lite {method}：{model} -> {folder}，{what}',
+    },
+    'lite done already': {
+        'en': '{folder} holds the finished result of the same run; nothing was done.',
+        'zh': '{folder} 中已有同一次运行的完整结果；没有重新执行。',
+    },
+    'lite replaced': {
+        'en': 'The calibration text is {name}, because what was asked for is not to be had here: {reason}',
+        'zh': '校准文本改用 {name}，因为此处无法取得所要求的文本：{reason}',
+    },
+    'lite calibration': {
+        'en': 'calibration: {name}, {samples} x {length} tokens',
+        'zh': '校准：{name}，{samples} x {length} 个 token',
+    },
+    'lite reduced': {
+        'en': 'On a CPU statistics are taken from {used} tokens instead of {asked}, which takes minutes instead of hours '
+              'and hardly changes the result. --calib-tokens all takes them all.',
+        'zh': '在 CPU 上，统计量取自 {used} 个 token（而不是 {asked} 个），只需几分钟而不是几小时，且结果几乎不变。'
+              '使用 --calib-tokens all 可使用全部。',
+    },
+    'lite bundled': {
+        'en': 'This is the small text that comes with lmdeploy, the last resort: a text like those that the model will '
+              'see (--calib-dataset FILE) gives a better result.',
+        'zh': '这是 lmdeploy 自带的少量文本，仅作最后的手段：使用与实际场景相近的文本（--calib-dataset FILE）效果更好。',
+    },
+    'lite report': {
+        'en': 'The report is {folder}/quant_report.html. Try the model:',
+        'zh': '报告位于 {folder}/quant_report.html。试用模型：',
+    },
+}

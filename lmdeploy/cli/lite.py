@@ -1,0 +1,22 @@
+"""``lmdeploy lite``: a table of methods, which are modules with ``add_arguments`` and ``run`` as commands are."""
+
+from __future__ import annotations
+
+import argparse
+
+from lmdeploy.cli.entrypoint import Command, add_table
+from lmdeploy.cli.screen import Screen
+
+METHODS = {
+    'auto_awq': Command('lmdeploy.cli.lite_auto_awq', 'weights in 4 bits, by AWQ'),
+    'smooth_quant': Command('lmdeploy.cli.lite_smooth_quant', 'weights and inputs in 8 bits, int8 or float8'),
+    'calibrate': Command('lmdeploy.cli.lite_calibrate', 'only look: statistics of all inputs of linear layers'),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_table(parser, METHODS, 'method', 'methods')
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    return METHODS[args.method].load().run(args, screen)

@@ -1,0 +1,129 @@
+"""How a run is shown: what it works on, a line per layer, and the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from lmdeploy.lite.driver import Event
+    from lmdeploy.lite.job import Job
+    from lmdeploy.lite.recipe import SiteReport
+    from lmdeploy.lite.report import Report
+
+PHASES = {'read': 'reading', 'statistics': 'statistics', 'fit': 'fitting', 'fitted': 'fitting', 'tune': 'tuning',
+          'write': 'writing', 'resume': 'done before', 'forward': 'passing through', 'judge': 'judging',
+          'answers': 'asking both models'}  # fmt: skip
+
+
+class Progress:
+    """A line for every finished layer; on a terminal a bar below, with the current layer's phase and losses."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._started = self._layer_started = time.perf_counter()
+        self._sites: dict[str, SiteReport] = {}
+        self._fresh = 0  # layers that this run fitted
+        self._resumed = False
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'),
+                            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))  # fmt: skip
+            self._task = self._bar.add_task('starting', total=self.layers)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Told by the driver."""
+        if event.what == 'read':
+            self._layer_started, self._sites, self._resumed = time.perf_counter(), {}, False
+        elif event.what == 'resume':
+            self._resumed = True
+        elif event.what == 'fitted' and event.report is not None:
+            self._sites[event.site] = event.report
+        if event.what == 'layer':
+            self._layer_done(event.layer)
+        elif self._bar is not None:
+            phase = PHASES.get(event.what, event.what)
+            self._bar.update(self._task, description=f'layer {event.layer + 1} {event.site} {phase}'
+                             if event.layer < self.layers else phase)  # fmt: skip
+        elif event.what in ('judge', 'answers'):
+            print(f'{PHASES[event.what]} ...', file=sys.stderr, flush=True)
+
+    def _layer_done(self, index: int) -> None:
+        now = time.perf_counter()
+        line = f'layer {index + 1}/{self.layers}'
+        if self._resumed:
+            line += '  was done before'
+        else:
+            self._fresh += 1
+            line += ''.join(f'  {name} {site.loss:.2e} ({_change(site)})' for name, site in self._sites.items())
+            left = (now - self._layer_started) * (self.layers - index - 1)
+            line += f'  {now - self._layer_started:.1f} s  left {_minutes(left)}'
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
+            self._bar.update(self._task, completed=index + 1)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def tell_job(screen: Screen, job: Job) -> None:
+    """What the run works on."""
+    calibration = job.calibration
+    if calibration.replaced:
+        screen.note('lite replaced', name=calibration.name, reason=calibration.replaced)
+    screen.note('lite calibration', name=calibration.name, samples=len(calibration.sequences),
+                length=max(map(len, calibration.sequences)), tokens=calibration.tokens)  # fmt: skip
+    if job.reduced:
+        screen.note('lite reduced', asked=f'{job.reduced:,}', used=f'{calibration.tokens:,}')
+    if calibration.name == 'bundled':
+        screen.note('lite bundled')
+
+
+def tell_done(screen: Screen, report: Report) -> None:
+    """The results, on stdout."""
+    from lmdeploy.bench.report import Table
+    from lmdeploy.lite.markdown import fact_rows, mib, quality_rows
+
+    sizes = report.sizes
+    facts = Table(('', ''), names=2)
+    for name, value in fact_rows(report):
+        if name in ('output', 'bits per weight', 'time', 'peak memory', 'calibration', 'mean relative loss'):
+            facts.add(name, value)
+    facts.add('size', f'{mib(sizes.before)} -> {mib(sizes.after)} ({sizes.after / max(sizes.before, 1):.0%})')
+    facts.print()
+    if report.quality:
+        headings, rows = quality_rows(report)
+        quality = Table(headings)
+        for row in rows:
+            quality.add(*row)
+        quality.print()
+    worst = Table(('most sensitive', 'loss', 'plain rounding', 'chosen'), names=1)
+    for layer, name, site in report.worst():
+        worst.add(f'layer {layer} {name}', f'{site.loss:.2e}', f'{site.baseline:.2e}',
+                  ' '.join(f'{k}={v}' for k, v in site.choices.items()) or '-')  # fmt: skip
+    worst.print()
+    screen.note('lite report', folder=report.output)
+    print(report.try_it)
+
+
+def _change(site: SiteReport) -> str:
+    return f'{100 * (site.loss / site.baseline - 1):+.0f} %' if site.baseline else '-'
+
+
+def _minutes(seconds: float) -> str:
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
