@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.activation import gelu_tanh_mul, silu_mul
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, supports_pdl
 
 _BLOCK = 1024
 
@@ -52,7 +52,7 @@ def gate_mul(x: Tensor, activation: str, group: int = 0) -> Tensor:
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if len(rows):
         pdl = supports_pdl(x.device)
-        _gated_kernel[(triton.cdiv(width, _BLOCK), len(rows))](
+        _gated_kernel[(cdiv(width, _BLOCK), len(rows))](
             rows, out, rows.stride(0), WIDTH=width, BLOCK=_BLOCK, GROUP=group, GATE=activation, PDL=pdl, num_warps=4,
             launch_pdl=pdl,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.embedding import embed
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, supports_pdl
 
 _BLOCK = 2048
 
@@ -32,7 +32,7 @@ def triton_embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
     out = torch.empty(*ids.shape, width, dtype=table.dtype, device=table.device)
     if ids.numel():
         pdl = supports_pdl(table.device)
-        _embed_kernel[(triton.cdiv(width, _BLOCK), ids.numel())](
+        _embed_kernel[(cdiv(width, _BLOCK), ids.numel())](
             ids.contiguous(), table, out, scale, WIDTH=width, BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out

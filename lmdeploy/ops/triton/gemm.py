@@ -27,9 +27,11 @@ from lmdeploy.ops.table import OpCase
 from lmdeploy.ops.triton.activation import gate_mul, gated
 from lmdeploy.ops.triton.launch import (
     Workspace,
+    cdiv,
     gdc_launch_dependents,
     gdc_wait,
     multiprocessors,
+    next_power_of_2,
     prefetch_l2,
     supports_pdl,
 )
@@ -160,7 +162,7 @@ def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfi
     n = weight.shape[0]
     y = torch.empty(m, n // 2 if gate else n, dtype=x.dtype, device=x.device) if out is None else out
     bm = _columns(m)
-    tiles = triton.cdiv(n, config.block_n)
+    tiles = cdiv(n, config.block_n)
     parts = arrived = None
     if config.split > 1:
         parts = _PARTS.get(x.device, tiles * config.split * config.block_n * bm)
@@ -178,7 +180,7 @@ def small_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfi
 
 def _columns(rows: int) -> int:
     """Columns of the matrix instruction for so many rows of x."""
-    return max(16, triton.next_power_of_2(rows))
+    return max(16, next_power_of_2(rows))
 
 
 @lru_cache
@@ -203,7 +205,7 @@ def default(n: int, k: int, columns: int, processors: int) -> GemmConfig:
     """A configuration for a shape that was not measured: what was best, or nearly, for those that were."""
     if n >= 16384:
         return GemmConfig(64, 128, 1, 4, 4 if columns < 64 else 3, min(256, k // 8 * 8))
-    tiles, most = triton.cdiv(n, 64), 4 if columns < 64 else 2
+    tiles, most = cdiv(n, 64), 4 if columns < 64 else 2
     split = 1
     while split < most and tiles * split < 2 * processors and k >= 512 * split:
         split *= 2

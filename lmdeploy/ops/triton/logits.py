@@ -14,7 +14,7 @@ from torch import Tensor
 from lmdeploy.ops.logits import log_normaliser
 from lmdeploy.ops.sample import ranked
 from lmdeploy.ops.triton.draw import id_of, key_of, keys, ranks, value_of
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 
 MOST = 32  # tokens that are ranked without sorting the row
 _TILE = 1024
@@ -52,12 +52,12 @@ def triton_ranked(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k > MOST or not rows or not k:
         return ranked.reference(logits, k)
     logits, pdl, device = logits.contiguous(), supports_pdl(logits.device), logits.device
-    tiles = triton.cdiv(vocab, _TILE)
+    tiles = cdiv(vocab, _TILE)
     found = torch.empty(rows, tiles * MOST, dtype=torch.int64, device=device)
     values, ids = torch.empty(rows, k, device=device), torch.empty(rows, k, dtype=torch.int64, device=device)
     _tile_best_kernel[(rows * tiles,)](logits, found, vocab, tiles, TILE=_TILE, MOST=MOST, PDL=pdl, launch_pdl=pdl)
     _row_best_kernel[(rows,)](
-        found, values, ids, tiles * MOST, k, SIZE=triton.next_power_of_2(tiles * MOST), MOST=MOST, PDL=pdl,
+        found, values, ids, tiles * MOST, k, SIZE=next_power_of_2(tiles * MOST), MOST=MOST, PDL=pdl,
         num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     return values, ids
@@ -82,7 +82,7 @@ def _tile_mass_kernel(logits, best, masses, vocab, tiles, TILE: tl.constexpr, PD
 def triton_log_normaliser(logits: Tensor) -> Tensor:
     rows, vocab = logits.shape
     logits, pdl = logits.contiguous(), supports_pdl(logits.device)
-    tiles = triton.cdiv(vocab, _TILE)
+    tiles = cdiv(vocab, _TILE)
     best = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
     masses = torch.empty(rows, tiles, dtype=torch.float64, device=logits.device)
     if rows:

@@ -45,7 +45,15 @@ from lmdeploy.ops.triton.draw import (
     ranks,
     value_of,
 )
-from lmdeploy.ops.triton.launch import Workspace, gdc_launch_dependents, gdc_wait, multiprocessors, supports_pdl
+from lmdeploy.ops.triton.launch import (
+    Workspace,
+    cdiv,
+    gdc_launch_dependents,
+    gdc_wait,
+    multiprocessors,
+    next_power_of_2,
+    supports_pdl,
+)
 
 TILE = 2048
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -284,9 +292,9 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     if mode != PLAIN or not logits.is_contiguous():
         logits = logits.float().contiguous()
     pdl = supports_pdl(device)
-    tiles = triton.cdiv(vocab, tile)
-    each = triton.cdiv(tiles, max(1, min(tiles, triton.cdiv(4 * multiprocessors(device), rows))))
-    programs = triton.cdiv(tiles, each)
+    tiles = cdiv(vocab, tile)
+    each = cdiv(tiles, max(1, min(tiles, cdiv(4 * multiprocessors(device), rows))))
+    programs = cdiv(tiles, each)
     best, arrived = _BEST.get(device, rows), _ARRIVED.get(device, rows)
     state = top = found = counts = None
     if mode != PLAIN:
@@ -316,11 +324,11 @@ def _sample(logits: Tensor, slots: Tensor, positions: Tensor, tables: SamplingTa
     _gather_kernel[(rows * programs,)](
         logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, state, top, masses, counts, found, candidates,
         values, ids, vocab, tiles, each, programs,
-        MODE=mode, TILE=tile, TILES=triton.next_power_of_2(tiles), LISTED=LISTED, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        MODE=mode, TILE=tile, TILES=next_power_of_2(tiles), LISTED=LISTED, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     draw_kernel[(rows,)](
         logits, slots, t.temperature, t.top_k, t.top_p, t.min_p, t.has_penalty, t.seen, t.last_token, tokens, state,
         top, uniform, masses, counts, candidates, values, ids, vocab, tiles,
-        SLOTS=mode == SLOTS, COUNTED=counted, TILE=tile, TILES=triton.next_power_of_2(tiles), SORTED=SORTED,
+        SLOTS=mode == SLOTS, COUNTED=counted, TILE=tile, TILES=next_power_of_2(tiles), SORTED=SORTED,
         LISTED=LISTED, SEARCH=SEARCH, PDL=pdl, num_warps=16, launch_pdl=pdl,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.slots import decode_inputs, keep_results
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, supports_pdl
 
 _BLOCK = 128
 
@@ -46,7 +46,7 @@ def triton_decode_inputs(packed: Tensor, blocks: Tensor, last_token: Tensor, blo
     token_ids, positions, kv_lens = (torch.empty(rows, dtype=torch.int32, device=packed.device) for _ in range(3))
     kv_slots = torch.empty(rows, dtype=torch.int64, device=packed.device)
     pdl = supports_pdl(packed.device)
-    _decode_inputs_kernel[(triton.cdiv(rows, _BLOCK),)](
+    _decode_inputs_kernel[(cdiv(rows, _BLOCK),)](
         packed, blocks, last_token, token_ids, positions, kv_slots, kv_lens, rows, WIDTH=blocks.shape[1],
         SIZE=block_size, BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
@@ -69,6 +69,6 @@ def _keep_results_kernel(results, turn, tokens, status, rows, stride, BLOCK: tl.
 def triton_keep_results(results: Tensor, turn: Tensor, tokens: Tensor, status: Tensor) -> None:
     rows = tokens.shape[0]
     pdl = supports_pdl(results.device)
-    _keep_results_kernel[(triton.cdiv(rows, _BLOCK),)](
+    _keep_results_kernel[(cdiv(rows, _BLOCK),)](
         results, turn, tokens, status, rows, results.stride(0), BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
