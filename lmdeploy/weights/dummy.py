@@ -65,7 +65,7 @@ class DummyCheckpoint(Checkpoint):
             raise LoadError('LMD-133', tensor=name, file=self.path, found=list(stored.shape), wanted=list(shape))
         self._used.add(name)
         tensor = torch.empty(stored.shape, dtype=dtype or torch.float32, device=self._device)
-        if 'norm' in name.rsplit('.', 2)[-2]:
+        if 'norm' in name.rpartition('.')[0].rpartition('.')[2]:
             return tensor.fill_(1.0)
         return tensor.normal_(0.0, DEVIATION, generator=self._generator)
 

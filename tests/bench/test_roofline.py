@@ -86,7 +86,7 @@ def test_windows_cap_what_is_read():
 
 
 def test_shapes_that_there_are_and_are_not():
-    assert shapes.names() == ['internlm3-8b', 'llama3-8b', 'qwen2.5-0.5b']
+    assert shapes.names() == ['internlm3-8b', 'internvl3-1b', 'internvl3-8b', 'llama3-8b', 'qwen2.5-0.5b']
     assert shapes.find('llama3-8b') is None
     with pytest.raises(SourceError) as error:
         shapes.find('shapes:llama9')
