@@ -6,9 +6,11 @@ a busy engine, so that they are lean), other decodes, and prefill chunks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from lmdeploy.engine.plan import OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, OpenSlot, StepPlan
+from lmdeploy.engine.plan import OUTPUT_ALL, OUTPUT_LAST, OUTPUT_NONE, PENDING, Encode, OpenSlot, Place, StepPlan
 from lmdeploy.engine.request import Request
 
 
@@ -26,7 +28,8 @@ class Steady:
 class Columns:
     """Plain lists, one entry per row (``tokens``, ``blocks``: per token, per new block), turned into arrays once."""
 
-    __slots__ = ('slots', 'starts', 'lengths', 'tokens', 'counts', 'blocks', 'outputs', 'sample', 'drafts', 'masks')
+    __slots__ = ('slots', 'starts', 'lengths', 'tokens', 'counts', 'blocks', 'outputs', 'sample', 'drafts', 'masks',
+                 'places')
 
     def __init__(self) -> None:
         self.slots: list[int] = []
@@ -39,6 +42,7 @@ class Columns:
         self.sample: list[bool] = []
         self.drafts: list[int] = []
         self.masks: list[tuple[int, np.ndarray]] = []  # (row, mask)
+        self.places: list[Place] = []
 
     def append(self, request: Request, stop: int, drafts: list[int], blocks: list[int], sample: bool) -> None:
         """A row from the request's computed tokens up to position ``stop``, with drafts after it and new blocks."""
@@ -46,6 +50,8 @@ class Columns:
         self.slots.append(request.slot)
         self.starts.append(start)
         self.lengths.append(stop - start + len(drafts))
+        if start < request.images_end:
+            self._place(request, start, stop)
         self.tokens += request.tokens[start:stop]
         if stop > len(request.tokens):
             self.tokens.append(PENDING)
@@ -59,9 +65,18 @@ class Columns:
         self.sample.append(sample)
         self.drafts.append(len(drafts))
 
+    def _place(self, request: Request, start: int, stop: int) -> None:
+        """Which tokens of a row, that begins with the next one, are those of images."""
+        at = len(self.tokens) - start
+        for span in request.images[request.image_at:]:
+            if span.start >= stop:
+                break
+            first = max(span.start, start)
+            self.places.append(Place(at + first, min(span.end, stop) - first, span.digest, first - span.start))
+
 
 def build(step: int, steady: Steady, decode: Columns, prefill: Columns, opened: tuple[OpenSlot, ...],
-          closed: tuple[int, ...]) -> StepPlan:
+          closed: tuple[int, ...], encode: tuple[Encode, ...], forget: tuple[bytes, ...]) -> StepPlan:
     """One plan of all rows."""
     first = len(steady.slots)
     if not decode.slots and not prefill.slots:
@@ -78,7 +93,12 @@ def build(step: int, steady: Steady, decode: Columns, prefill: Columns, opened: 
             drafts=np.zeros(first, np.int32),
             opened=opened,
             closed=closed,
+            encode=encode,
+            forget=forget,
         )
+    before = first + len(decode.tokens)
+    places = [replace(place, token=first + place.token) for place in decode.places]
+    places += [replace(place, token=before + place.token) for place in prefill.places]
     masks = [(first + row, mask) for row, mask in decode.masks]
     masks += [(first + len(decode.slots) + row, mask) for row, mask in prefill.masks]
     return StepPlan(
@@ -94,6 +114,9 @@ def build(step: int, steady: Steady, decode: Columns, prefill: Columns, opened: 
         drafts=np.array([0] * first + decode.drafts + prefill.drafts, np.int32),
         opened=opened,
         closed=closed,
+        encode=encode,
+        places=tuple(places),
+        forget=forget,
         mask_rows=np.array([row for row, _ in masks], np.int32) if masks else None,
         masks=np.stack([mask for _, mask in masks]) if masks else None,
     )

@@ -73,9 +73,9 @@ class EngineCore:
 
     def _turn(self) -> list[TokenDelta]:
         plan = self.scheduler.plan()
-        if plan.rows:
+        if plan.work:
             self.launched.append((plan, self.executor.launch(plan)))
-        if self.launched and (not plan.rows or len(self.launched) >= self.depth):
+        if self.launched and (not plan.work or len(self.launched) >= self.depth):
             plan, handle = self.launched.popleft()
             deltas = self.scheduler.retire(plan, handle.result())
         else:

@@ -1,7 +1,8 @@
 """FakeExecutor: a model whose next token is a hash of the sequence that it really reads.
 
 Token ids are written into a cache through block tables and read back through them, as a real model does with keys and
-values, and beside each id a checksum of all tokens up to it, since keys and values depend on what came before. A block
+values, and beside each id a checksum of all tokens up to it, since keys and values depend on what came before. In the
+place of a picture's tokens stand numbers made of its pixels, once all its tiles were encoded. A block
 that is stale, shared by mistake, or given away too early changes every token that follows; and since the hash is known,
 any request's answer can be computed alone by :func:`continuation`.
 """
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine.plan import DEAD_MASK, NON_FINITE, OK, OUTPUT_ALL, OUTPUT_NONE, PENDING, StepPlan, StepResult
-from lmdeploy.engine.request import Request
+from lmdeploy.engine.request import ImageSpan, Request
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.executor.base import Capacity
 
@@ -37,6 +39,20 @@ def next_token(sequence: np.ndarray, vocab_size: int, mask: np.ndarray | None = 
         if mask[candidate // 32] >> (candidate % 32) & 1:
             return candidate
     return -1
+
+
+def embeddings(pixels: np.ndarray, tokens: int) -> np.ndarray:
+    """``[tokens] int32``: what a picture's tokens are in a sequence."""
+    start = zlib.crc32(pixels.tobytes())
+    return np.array([zlib.crc32(i.to_bytes(4, 'little'), start) >> 1 for i in range(tokens)], np.int32)
+
+
+def with_pictures(tokens: Sequence[int], images: Sequence[ImageSpan]) -> np.ndarray:
+    """``[n] int32``: the sequence as the model reads it."""
+    sequence = np.array(tokens, np.int32)
+    for span in images:
+        sequence[span.start:span.end] = embeddings(span.pixels, span.end - span.start)
+    return sequence
 
 
 def continuation(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
@@ -120,6 +136,10 @@ class FakeExecutor:
         self.fail_at = fail_at
         self.delayed = delayed
         self.cache = np.full((capacity.num_blocks + 1, capacity.block_size), EMPTY, np.int32)
+        self.seen = self.cache.copy()  # the same with what a picture's tokens are for the model
+        self.pictures: dict[bytes, list[np.ndarray]] = {}  # encoded tiles
+        self.encoded_tiles = 0
+        self._layouts: dict[bytes, Layout] = {}
         self.sums = np.zeros((capacity.num_blocks + 1, capacity.block_size), np.uint32)
         self.tainted: set[int] = set()  # blocks that a row with bad logits read, as far as results were taken
         self.slots: dict[int, _Slot] = {}
@@ -157,11 +177,12 @@ class FakeExecutor:
         for opened in plan.opened:
             assert opened.slot not in self.slots, 'a slot is opened while it is open'
             self.slots[opened.slot] = _Slot(opened.params, len(opened.tokens))
+        places = self._encode(plan)
         assert plan.num_tokens <= self.capacity.max_step_tokens, 'the token budget is exceeded'
         assert plan.rows <= self.capacity.max_batch_size, 'too many rows'
         assert len(set(plan.slots.tolist())) == plan.rows, 'two rows for one slot'
         for row in range(plan.rows):
-            self._write(plan, row)
+            self._write(plan, row, places)
         masks: dict[int, np.ndarray] = {}
         if plan.mask_rows is not None and plan.masks is not None:
             masks = dict(zip(plan.mask_rows.tolist(), plan.masks))
@@ -175,7 +196,30 @@ class FakeExecutor:
         self.computed_tokens += plan.num_tokens
         return result
 
-    def _write(self, plan: StepPlan, row: int) -> None:
+    def _encode(self, plan: StepPlan) -> dict[int, int]:
+        """Forget and encode pictures; what stands at the step's tokens of pictures."""
+        for digest in plan.forget:
+            self.pictures.pop(digest, None)
+        for encode in plan.encode:
+            tiles = self.pictures.setdefault(encode.picture, [])
+            assert encode.first == len(tiles), 'a tile is encoded twice, or left out'
+            tiles += list(encode.pixels)
+            self.encoded_tiles += len(encode.pixels)
+            assert 0 < len(encode.pixels) and len(tiles) <= encode.layout.tiles, 'more tiles than the picture has'
+            self._layouts[encode.picture] = encode.layout
+        held = sum(self._layouts[digest].tokens for digest in self.pictures)
+        room = self.capacity.pictures
+        assert room is None or held <= room.tokens, 'more pictures than there is room for'
+        found: dict[int, int] = {}
+        for place in plan.places:
+            tiles, layout = self.pictures[place.picture], self._layouts[place.picture]
+            assert len(tiles) == layout.tiles, 'a picture is read before it is encoded'
+            values = embeddings(np.stack(tiles), layout.tokens)[place.offset:place.offset + place.count]
+            assert len(values) == place.count, 'more tokens than the picture has'
+            found |= {place.token + i: int(value) for i, value in enumerate(values)}
+        return found
+
+    def _write(self, plan: StepPlan, row: int, places: dict[int, int]) -> None:
         slot = self.slots[int(plan.slots[row])]
         slot.table += plan.blocks[plan.block_start[row]:plan.block_start[row + 1]].tolist()
         ids = plan.tokens[plan.query_start[row]:plan.query_start[row + 1]].copy()
@@ -189,6 +233,10 @@ class FakeExecutor:
         blocks = np.array(slot.table, np.int32)[positions // size]
         assert (blocks > 0).all(), 'the null block is written'
         self.cache[blocks, positions % size] = ids
+        if places:
+            first = int(plan.query_start[row])
+            ids = np.array([places.get(first + i, token) for i, token in enumerate(ids.tolist())], np.int32)
+        self.seen[blocks, positions % size] = ids
         self.tainted.difference_update(blocks.tolist())
         self._sum(slot, start, ids)
 
@@ -198,7 +246,7 @@ class FakeExecutor:
         if start:
             total = int(self.sums[slot.table[(start - 1) // size], (start - 1) % size])
         if slot.fresh:
-            before = self.cache[slot.table[:-(-start // size)]].reshape(-1)[:start]
+            before = self.seen[slot.table[:-(-start // size)]].reshape(-1)[:start]
             assert total == (score(before) if start else 0), 'found blocks that were computed after other tokens'
             slot.fresh = False
         for position, token in enumerate(ids.tobytes()[i:i + 4] for i in range(0, 4 * len(ids), 4)):
@@ -210,7 +258,7 @@ class FakeExecutor:
         start, size = int(plan.starts[row]), self.capacity.block_size
         length = int(plan.query_start[row + 1] - plan.query_start[row])
         stop = start + length
-        sequence = self.cache[slot.table[:-(-stop // size)]].reshape(-1)[:stop]
+        sequence = self.seen[slot.table[:-(-stop // size)]].reshape(-1)[:stop]
         outputs, drafts = int(plan.outputs[row]), int(plan.drafts[row])
         assert outputs != OUTPUT_NONE or not plan.sample[row], 'a row draws without logits'
         assert outputs != OUTPUT_NONE or start < slot.known, 'a row is for nothing'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from lmdeploy.engine.block_pool import root_key
-from lmdeploy.engine.request import NEVER, EngineInput, Request
+from lmdeploy.engine.request import NEVER, EngineInput, ImageSpan, Request
 from lmdeploy.errors import RequestError
 from lmdeploy.executor.base import Capacity
 
@@ -19,7 +19,8 @@ def refuse(given: EngineInput, capacity: Capacity, taken: Container[str]) -> Non
     """Refuse what could not run even alone; ``taken`` are the ids in use.
 
     Raises:
-        RequestError: LMD-330 (length), LMD-331 (token id), LMD-332 (blocks), LMD-333 (id).
+        RequestError: LMD-330 (length), LMD-331 (token id), LMD-332 (blocks), LMD-333 (id), LMD-676 and LMD-677
+            (pictures).
     """
     length = len(given.tokens)
     if given.id in taken:
@@ -32,6 +33,19 @@ def refuse(given: EngineInput, capacity: Capacity, taken: Container[str]) -> Non
     low, high = min(given.tokens), max(given.tokens)
     if low < 0 or high >= capacity.vocab_size:
         raise RequestError('LMD-331', token=low if low < 0 else high, vocab_size=capacity.vocab_size)
+    _refuse_images(given.images, length, capacity)
+
+
+def _refuse_images(images: tuple[ImageSpan, ...], length: int, capacity: Capacity) -> None:
+    end, room = 0, capacity.pictures
+    for index, span in enumerate(images):
+        tokens = span.end - span.start
+        if (room is None or not end <= span.start < span.end <= length or tokens != span.layout.tokens
+                or span.pixels.ndim != 4 or len(span.pixels) != span.layout.tiles or span.layout.tiles < 1):
+            raise RequestError('LMD-677', index=index, tokens=tokens)
+        if tokens > room.tokens:
+            raise RequestError('LMD-676', tokens=tokens, most=room.tokens)
+        end = span.end
 
 
 def receive(given: EngineInput, seq: int, capacity: Capacity, *, prefix_caching: bool, drafts: bool) -> Request:
@@ -45,7 +59,8 @@ def receive(given: EngineInput, seq: int, capacity: Capacity, *, prefix_caching:
     request = Request(
         id=given.id, seq=seq, tokens=list(given.tokens), prompt_len=length, params=params,
         limit=min(length + params.max_new_tokens, longest(capacity)), tenant=given.tenant, priority=given.priority,
-        images=given.images, grammar=given.grammar, stop_ids=frozenset(params.stop_ids),
+        images=given.images, images_end=given.images[-1].end if given.images else 0,
+        grammar=given.grammar, stop_ids=frozenset(params.stop_ids),
         serial=given.grammar is not None or params.needs_host or drafts,
         all_rows='all' in (params.output_logits, params.output_hidden),
         outputs=bool(params.output_logits or params.output_hidden or params.logprobs >= 0))

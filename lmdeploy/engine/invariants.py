@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def check(scheduler: Scheduler) -> None:
     """Assert them all; ``O(blocks + tokens)``, for tests and for finding faults.
 
-    1. The pool's own invariants, with the tables of all requests that hold a slot.
+    1. The invariants of the pool and of the pictures, with all requests that hold a slot.
     2. Every unfinished request is in exactly one of running, waiting and parked; running is sorted by rank.
     3. A slot is free or belongs to one request; running requests and those that ended in flight hold one.
     4. The request's own invariants (:class:`lmdeploy.engine.request.Request`).
@@ -25,6 +25,7 @@ def check(scheduler: Scheduler) -> None:
     """
     held = [request for request in scheduler.by_slot if request is not None]
     scheduler.pool.check(request.blocks for request in held)
+    scheduler.pictures.check(held)
     _places(scheduler, held)
     for request in [*scheduler.requests.values(), *held]:
         _request(scheduler, request)
@@ -58,8 +59,8 @@ def _places(scheduler: Scheduler, held: list[Request]) -> None:
 def _request(scheduler: Scheduler, request: Request) -> None:
     size, known = scheduler.block_size, len(request.tokens)
     if request.slot < 0:
-        assert not (request.blocks or request.computed or request.in_flight or request.pending or request.published), \
-            '4.4: a request without a slot holds something'
+        assert not (request.blocks or request.computed or request.in_flight or request.pending or request.published
+                    or request.held), '4.4: a request without a slot holds something'
         return
     if request.finish is None:
         assert request.settled < request.publish_at, '4.5: a block that could be published is not'

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lmdeploy.config.vision import Layout
+
 # rows' output ranges: which positions of the row's query give logits
 OUTPUT_NONE, OUTPUT_LAST, OUTPUT_ALL = 0, 1, 2
 # rows' statuses
@@ -28,20 +30,50 @@ class OpenSlot:
         params: a :class:`lmdeploy.engine.sampling.SamplingParams`.
         tokens: all tokens known so far, prompt then accepted output, ``[n] int32``.
         prompt_len: how many of them are the prompt's. ``n - prompt_len`` is the index of the next draw.
+        grids: the pictures of its prompt: first token, rows and columns of tokens.
     """
 
     slot: int
     params: Any
     tokens: np.ndarray
     prompt_len: int
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encode:
+    """Some tiles of a picture, which are encoded before the step's rows run.
+
+    Attributes:
+        picture: its digest.
+        first: the number of the first of them; those before it were listed in earlier steps.
+        pixels: ``[n, 3, H, W] uint8``.
+        layout: of the whole picture.
+    """
+
+    picture: bytes
+    first: int
+    pixels: np.ndarray
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The step's tokens ``token .. token + count - 1`` are embeddings of a picture, from number ``offset`` on."""
+
+    token: int
+    count: int
+    picture: bytes
+    offset: int
 
 
 @dataclass(slots=True)
 class StepPlan:
     """One step: B rows with T query tokens in all. Row i's query is ``tokens[query_start[i]:query_start[i+1]]``.
 
-    Before the rows run, ``closed`` slots are released and then ``opened`` ones set up. A row's new blocks are appended
-    to its slot's block table; the table restarts empty when a slot is opened.
+    Before the rows run, ``closed`` slots are released and then ``opened`` ones set up; pictures are forgotten, and then
+    others encoded. A row's new blocks are appended to its slot's block table; the table restarts empty when a slot is
+    opened.
     """
 
     step: int
@@ -56,13 +88,20 @@ class StepPlan:
     drafts: np.ndarray  # [B] int32: how many of the row's last query tokens are drafts
     opened: tuple[OpenSlot, ...] = ()
     closed: tuple[int, ...] = ()
-    encode: tuple[tuple[int, int, int], ...] = ()  # (image, first tile, last tile + 1)
+    encode: tuple[Encode, ...] = ()
+    places: tuple[Place, ...] = ()  # by token
+    forget: tuple[bytes, ...] = ()  # pictures whose embeddings are not needed any more
     mask_rows: np.ndarray | None = None  # [M] int32: the rows that have a grammar mask
     masks: np.ndarray | None = None  # [M, ceil(vocab/32)] uint32, bit set = token allowed
 
     @property
     def rows(self) -> int:
         return len(self.slots)
+
+    @property
+    def work(self) -> bool:
+        """Whether there is anything to launch."""
+        return bool(len(self.slots) or self.opened or self.encode)
 
     @property
     def num_tokens(self) -> int:
@@ -90,3 +129,4 @@ class StepResult:
     logits: dict[int, Any] = field(default_factory=dict)  # by row: [positions, vocab] float32 CPU tensor
     hidden: dict[int, Any] = field(default_factory=dict)  # by row: [positions, hidden] float32 CPU tensor
     errors: dict[int, str] = field(default_factory=dict)  # by row: why its status is not OK, for the log
+    lost: str = ''  # why the pictures of its ``encode`` could not be encoded: memory ran out

@@ -23,12 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lmdeploy.config.encoder import is_encoder
 from lmdeploy.engine import wire
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.faults import fatal
 from lmdeploy.engine.request import EngineInput
-from lmdeploy.engine.serving import plain_intake, serve
+from lmdeploy.engine.serving import MakeRequest, plain_intake, serve
 from lmdeploy.errors import LmdeployError
 from lmdeploy.log import get_logger
 
@@ -52,7 +54,7 @@ class Engine:
 
     core: EngineCore
     context_len: int
-    intake: Callable[[wire.Submit], EngineInput]
+    intake: MakeRequest
     stop: Callable[[], None]
 
 
@@ -68,13 +70,13 @@ class Intake:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiler: Any = None
 
-    def __call__(self, message: wire.Submit) -> EngineInput:
+    def __call__(self, message: wire.Submit, pixels: list[np.ndarray]) -> EngineInput:
         """The request.
 
         Raises:
             LmdeployError: its grammar cannot be compiled, or the model has no tokenizer for it.
         """
-        request = message.request()
+        request = message.request(pixels)
         if message.bad_words:
             from lmdeploy.frontend.bad_words import BadWords
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine.block_pool import block_key
 from lmdeploy.engine.plan import Logprobs
 from lmdeploy.engine.sampling import SamplingParams
@@ -43,13 +44,21 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageSpan:
-    """Placeholder tokens ``start .. end - 1`` stand for an image; ``digest`` is that of its pixels and processing."""
+    """Placeholder tokens ``start .. end - 1`` stand for an image.
+
+    Attributes:
+        digest: of its pixels and of how they were made.
+        layout: its tiles and tokens.
+        pixels: ``[tiles, 3, H, W] uint8``.
+    """
 
     start: int
     end: int
     digest: bytes
+    layout: Layout
+    pixels: np.ndarray = field(repr=False)
 
 
 @dataclass(slots=True)
@@ -120,7 +129,7 @@ class Request:
         1. ``settled <= computed <= total``, and ``settled <= known``.
         2. ``pending <= in_flight * (1 + drafts)``; without a launched step nothing is pending.
         3. the blocks cover ``computed`` tokens; the table only grows until the request leaves its slot.
-        4. without a slot: no blocks, nothing computed, in flight or published.
+        4. without a slot: no blocks, nothing computed, in flight or published, no images held.
         5. ``published`` blocks, and no others, may be in the prefix index under this request's digests.
     """
 
@@ -133,6 +142,7 @@ class Request:
     tenant: str = ''
     priority: int = 0
     images: tuple[ImageSpan, ...] = ()
+    images_end: int = 0  # the end of the last one
     grammar: Grammar | None = None
     group: Group | None = None
     root: bytes | None = None  # parent key of its first block; None: its blocks are not shared
@@ -150,6 +160,9 @@ class Request:
     slot: int = -1
     finish: Finish | None = None
     cached_tokens: int = 0
+    image_at: int = 0  # the first image of which not everything is computed
+    told: int = 0  # blocks that the runner knows
+    held: int = 0  # so many images from there on have their place among the device's pictures
     rows_out: int = 0  # output positions handed out so far, for 'all'
     preempted: bool = False
 

@@ -26,7 +26,8 @@ from lmdeploy.engine.intake import longest, receive, refuse
 from lmdeploy.engine.invariants import check
 from lmdeploy.engine.metrics import Counters
 from lmdeploy.engine.outputs import cut_logprobs, take_rows
-from lmdeploy.engine.plan import NON_FINITE, OK, PENDING, OpenSlot, StepPlan, StepResult
+from lmdeploy.engine.pictures import Pictures
+from lmdeploy.engine.plan import NO_MEMORY, NON_FINITE, OK, PENDING, OpenSlot, StepPlan, StepResult
 from lmdeploy.engine.request import NEVER, Drafter, EngineInput, Finish, Request, TokenDelta
 from lmdeploy.engine.waiting import WaitingQueue
 from lmdeploy.errors import EngineDead, LmdeployError
@@ -62,6 +63,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.drafter = drafter
         self.pool = BlockPool(capacity.num_blocks, debug=debug)
+        self.pictures = Pictures(capacity.pictures)
         self.counters = Counters()
         self.running: list[Request] = []  # by rank
         self.waiting = WaitingQueue()
@@ -127,20 +129,25 @@ class Scheduler:
         steady, decode, prefill = Steady(), Columns(), Columns()
         opened: list[OpenSlot] = []
         failed: Failures = []
+        if self.capacity.pictures is not None:
+            self.pictures.begin(texts=any(request.computed >= request.prompt_len for request in self.running))
         spare, settled = self._plan_running(steady, decode, prefill, failed)
         if settled and not self._gathers():
             self._admit(prefill, opened, spare, failed)
         rows = len(steady.slots) + len(decode.slots) + len(prefill.slots)
-        closed: tuple[int, ...] = ()
-        if rows:
-            closed, self._closed = tuple(self._closed), []
+        closed, self._closed = tuple(self._closed), []
         if failed:
             opened = self._fail_unlaunched(failed, opened)
-        if rows:
+        encode, forget = self.pictures.take(bool(rows or opened))
+        if rows or opened or encode:
             self._step += 1
             self.flying += rows
             self.counters.steps += 1
-        plan = build(self._step, steady, decode, prefill, tuple(opened), closed)
+        else:
+            closed, self._closed = (), [*closed, *self._closed]
+            if self._unblock():
+                return self.plan()
+        plan = build(self._step, steady, decode, prefill, tuple(opened), closed, encode, forget)
         self.counters.computed_tokens += plan.num_tokens
         return plan
 
@@ -167,7 +174,8 @@ class Scheduler:
             start, pending = request.computed, request.pending
             total = len(request.tokens) + pending
             todo = total - start
-            if todo == 1 and request.plain and total < request.limit and start < len(request.blocks) * block_size:
+            if (todo == 1 and request.plain and total < request.limit and start < len(request.blocks) * block_size
+                    and start >= request.images_end):
                 # what _launch does, for the usual row
                 steady.slots.append(request.slot)
                 steady.starts.append(start)
@@ -183,6 +191,10 @@ class Scheduler:
                 todo = min(todo, 1 + spare)
             elif self.drafter is not None and spare > 0:
                 drafts = self._propose(request, spare)
+            if start < request.images_end:
+                todo = self.pictures.reach(request, start + todo) - start
+                if not todo:
+                    continue
             stop = start + todo + len(drafts)
             new = -(-stop // block_size) - len(request.blocks)
             if new > 0:
@@ -196,7 +208,7 @@ class Scheduler:
                             end -= 1
                         continue
                 request.blocks += pool.allocate(new)
-            if self._launch(decode if todo == total - start == 1 else prefill, request, todo, drafts, new, failed):
+            if self._launch(decode if todo == total - start == 1 else prefill, request, todo, drafts, failed):
                 spare -= todo + len(drafts) - 1
         return spare, settled
 
@@ -221,6 +233,14 @@ class Scheduler:
         self.waiting.push(request)
         self.counters.preemptions += 1
 
+    def _unblock(self) -> bool:
+        """If nothing can be launched and nothing is, running requests wait for each other's pictures and blocks: the
+        latest gives way."""
+        if self.flying or len(self.running) < 2 or self.capacity.pictures is None:
+            return False
+        self._preempt(self.running[-1])
+        return True
+
     def _gathers(self) -> bool:
         """Whether requests that queue for slots wait for more of them: steps with prompts cost more to launch."""
         short = 0 < len(self._free_slots) < min(self.slots // GATHER, len(self.waiting))
@@ -237,14 +257,17 @@ class Scheduler:
             matched = self._match(request)
             start = len(matched) * self.block_size
             known = len(request.tokens)
-            if -(-known // self.block_size) - len(matched) + headroom > self.pool.available:
+            todo = min(known - start, spare)
+            if (-(-known // self.block_size) - len(matched) + headroom > self.pool.available
+                    or not self.pictures.admits(request, start, start + todo)):
                 self.pool.release(matched)
                 return
             self.waiting.admit(request)
-            todo = min(known - start, spare)
-            new = self.pool.allocate(-(-(start + todo) // self.block_size) - len(matched))
-            self._enter(request, matched, new, opened)
-            if self._launch(prefill, request, todo, [], len(request.blocks), failed):
+            self._enter(request, matched, opened)
+            if request.images:
+                todo = self.pictures.reach(request, start + todo) - start
+            request.blocks += self.pool.allocate(-(-(start + todo) // self.block_size) - len(matched))
+            if todo and self._launch(prefill, request, todo, [], failed):
                 spare -= todo
             headroom = self.capacity.num_blocks // HEADROOM
 
@@ -256,25 +279,26 @@ class Scheduler:
         request.extend_hashes(most, self.block_size)
         return self.pool.match(request.hashes[:most], request.tokens, self.block_size)
 
-    def _enter(self, request: Request, matched: list[int], new: list[int], opened: list[OpenSlot]) -> None:
+    def _enter(self, request: Request, matched: list[int], opened: list[OpenSlot]) -> None:
         """Waiting to running."""
         slot = request.slot = self._free_slots.pop()
         self.by_slot[slot] = request
         insort(self.running, request, key=_rank)
-        request.blocks = matched + new
+        request.blocks = matched
         request.computed = request.settled = len(matched) * self.block_size
         request.published = len(matched)
         request.publish_at = self._publish_at(request)
         self._wake_group(request)
-        opened.append(OpenSlot(slot, request.params, np.array(request.tokens, np.int32), request.prompt_len))
+        self.pictures.enter(request)
+        opened.append(OpenSlot(slot, request.params, np.array(request.tokens, np.int32), request.prompt_len,
+                               tuple((span.start, *span.layout.grid) for span in request.images)))
         if self.prefix_caching and not request.preempted:
             request.cached_tokens = request.computed
             self.counters.prefix_query_tokens += request.prompt_len
             self.counters.prefix_hit_tokens += request.computed
 
-    def _launch(self, rows: Columns, request: Request, count: int, drafts: list[int], new: int,
-                failed: Failures) -> bool:
-        """A row of ``count`` tokens that exist, and drafts; its last ``new`` blocks are new. False if it fails."""
+    def _launch(self, rows: Columns, request: Request, count: int, drafts: list[int], failed: Failures) -> bool:
+        """A row of ``count`` tokens that exist, and drafts. False if it fails."""
         stop, total = request.computed + count, request.total
         sample = stop == total and total < request.limit
         if sample and request.grammar is not None:
@@ -285,8 +309,11 @@ class Scheduler:
                 failed.append((request, cause))
                 return False
             rows.masks.append((len(rows.slots), mask))
-        rows.append(request, stop, drafts, request.blocks[-new:] if new > 0 else [], sample)
+        rows.append(request, stop, drafts, request.blocks[request.told:], sample)
+        request.told = len(request.blocks)
         request.computed = stop + len(drafts)
+        if request.held:
+            self.pictures.passed(request)
         request.in_flight += 1
         if sample:
             request.pending += 1 + len(drafts)
@@ -340,6 +367,8 @@ class Scheduler:
             except Exception as cause:  # one request's bookkeeping never stops the others'
                 self._fail(request, cause)
         self.counters.output_tokens += usual
+        if result.lost:
+            self._lose_pictures(plan, result.lost)
         if self._bad_prompts:
             self._watch_device(bool((plan.sample & (result.status == OK)).any()))
         return self.take()
@@ -426,6 +455,12 @@ class Scheduler:
         elif not request.in_flight:
             self._leave(request)
 
+    def _lose_pictures(self, plan: StepPlan, cause: str) -> None:
+        """A step had no memory to encode its pictures: whoever waits for them fails."""
+        self.pictures.lose(encode.picture for encode in plan.encode)
+        for request in [request for request in self.running if self.pictures.has_lost(request)]:
+            self.finish(request, Finish('error', error=bad_row(NO_MEMORY, len(request.tokens), cause)))
+
     def _watch_device(self, good: bool) -> None:
         """Logits that are not finite for prompt after prompt, and no good row between, are not the prompts' fault."""
         if good:
@@ -472,10 +507,13 @@ class Scheduler:
         """Give back slot and blocks; no launched step touches them."""
         self.pool.release(request.blocks)
         self.by_slot[request.slot] = None
+        if request.images:
+            self.pictures.leave(request)
         self._free_slots.append(request.slot)
         self._closed.append(request.slot)
         request.blocks, request.slot = [], -1
         request.computed = request.settled = request.published = 0
+        request.told = 0
         request.publish_at = NEVER
 
     # -- what must always hold -----------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from lmdeploy.engine import wire
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.faults import contained
@@ -60,12 +62,16 @@ class Announcer:
         return self._executor.launch(plan)
 
 
-def plain_intake(message: wire.Submit) -> EngineInput:
+MakeRequest = Callable[[wire.Submit, list[np.ndarray]], EngineInput]
+"""Makes a request of its message and the pixels of its pictures."""
+
+
+def plain_intake(message: wire.Submit, pixels: list[np.ndarray]) -> EngineInput:
     """Requests without bad words and grammars."""
-    return message.request()
+    return message.request(pixels)
 
 
-def serve(core: EngineCore, sock: socket.socket, intake: Callable[[wire.Submit], EngineInput] = plain_intake, *,
+def serve(core: EngineCore, sock: socket.socket, intake: MakeRequest = plain_intake, *,
           on_end: Callable[[], None] = lambda: None) -> bool:
     """Serve the peer of ``sock``; returns when it has closed its end, or the core is dead.
 
@@ -84,13 +90,13 @@ def serve(core: EngineCore, sock: socket.socket, intake: Callable[[wire.Submit],
 
 
 class _Server:
-    def __init__(self, core: EngineCore, sock: socket.socket, intake: Callable[[wire.Submit], EngineInput],
-                 on_end: Callable[[], None]) -> None:
+    def __init__(self, core: EngineCore, sock: socket.socket, intake: MakeRequest, on_end: Callable[[], None]) -> None:
         self._core, self._sock, self._intake, self._on_end = core, sock, intake, on_end
         self._link = Link(sock)
         self._wake = threading.Condition()
         self._ended = False  # the peer is gone
         self._error: wire.WireError | None = None
+        self._pixels: dict[str, list[np.ndarray]] = {}  # of requests that are about to come
         self._building: set[str] = set()  # requests that are not in the core yet
         self._builder = ThreadPoolExecutor(1, thread_name_prefix='lmdeploy-intake')
         self._slowest, self._told = 0.0, 0.0
@@ -133,6 +139,8 @@ class _Server:
                 message = wire.to_engine(payload)
                 if isinstance(message, wire.Submit):
                     self._submit(message)
+                elif isinstance(message, wire.Pixels):
+                    self._pixels.setdefault(message.id, []).append(message.array())
                 elif isinstance(message, wire.Abort):
                     self._abort(message.id)
                 else:
@@ -146,19 +154,20 @@ class _Server:
             self._on_end()
 
     def _submit(self, message: wire.Submit) -> None:
+        pixels = self._pixels.pop(message.id, [])
         if not message.bad_words and message.grammar is None:
             with self._wake:
-                self._core.submit(message.request())
+                self._core.submit(message.request(pixels))
                 self._wake.notify()
             return
         with self._wake:
             self._building.add(message.id)
-        self._builder.submit(self._build, message)
+        self._builder.submit(self._build, message, pixels)
 
-    def _build(self, message: wire.Submit) -> None:
+    def _build(self, message: wire.Submit, pixels: list[np.ndarray]) -> None:
         error, request = None, None
         try:
-            request = self._intake(message)
+            request = self._intake(message, pixels)
         except LmdeployError as cause:
             error = cause
         except Exception as cause:

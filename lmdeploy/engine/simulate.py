@@ -1,8 +1,8 @@
 """A deterministic simulation of the engine: everything follows from one seed.
 
-Random arrivals, aborts, groups, tenants, priorities, salts, grammars, drafts and poisoned sequences meet a random
-capacity. After every turn all invariants are asserted; every answer must equal what the request gives alone, nobody may
-starve, and in the end nothing may be left. A failure names the seed.
+Random arrivals, aborts, groups, tenants, priorities, salts, grammars, pictures, drafts and poisoned sequences meet a
+random capacity. After every turn all invariants are asserted; every answer must equal what the request gives alone,
+nobody may starve, and in the end nothing may be left. A failure names the seed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine.core import EngineCore
-from lmdeploy.engine.fake import FakeExecutor, GuessingDrafter, next_token, score
+from lmdeploy.engine.fake import FakeExecutor, GuessingDrafter, next_token, score, with_pictures
 from lmdeploy.engine.intake import longest
-from lmdeploy.engine.request import Drafter, EngineInput, TokenDelta
+from lmdeploy.engine.request import Drafter, EngineInput, ImageSpan, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
-from lmdeploy.executor.base import Capacity
+from lmdeploy.executor.base import Capacity, PictureRoom
 
 VOCAB = 64
 STOPS = (3, 40)
 PATIENCE = 5  # turns in which the first request in rank must get on, once it holds a slot
+PLACEHOLDER = 0  # the token that stands for a picture's
 
 
 class EveryOther:
@@ -69,7 +71,7 @@ class Answer:
 
 def alone(given: EngineInput, session_len: int) -> Expected:
     """The answer of a request by the plainest loop."""
-    params, tokens = given.params, list(given.tokens)
+    params, tokens = given.params, with_pictures(given.tokens, given.images).tolist()
     grammar = EveryOther() if given.grammar is not None else None
     limit = min(len(tokens) + params.max_new_tokens, session_len)
     reason, mask = 'length', None
@@ -95,6 +97,26 @@ def alone(given: EngineInput, session_len: int) -> Expected:
         first, last = len(given.tokens) - 1, len(tokens) - 1
     logits = [score(np.array(tokens[:end + 1], np.int32)) for end in range(first, last)]
     return Expected(tokens[len(given.tokens):], reason, logits)
+
+
+def draw_pictures(rng: random.Random, prompt: list[int]) -> tuple[list[int], tuple[ImageSpan, ...]]:
+    """The prompt with pictures in the place of some of its tokens. There are few different ones, and of one size
+    several, so that they come again and are mixed up if they can be."""
+    prompt, at = list(prompt), 0
+    spans: list[ImageSpan] = []
+    while True:
+        at += rng.randint(0, 6)
+        which = rng.randrange(6)
+        tiles, each = 1 + which % 3, 1 + which % 2
+        end = at + tiles * each
+        if end > len(prompt):
+            return prompt, tuple(spans)
+        pixels = np.full((tiles, 3, 1, 1), which, np.uint8)
+        pixels[:, 0, 0, 0] = range(tiles)
+        layout = Layout((1, 1), (1, tiles * each), tiles, tiles * each, 2 * tiles)
+        spans.append(ImageSpan(at, end, bytes([which]), layout, pixels))
+        prompt[at:end] = [PLACEHOLDER] * (end - at)
+        at = end
 
 
 class CheckedEngine:
@@ -129,7 +151,8 @@ class CheckedEngine:
         """Hand a request in."""
         expected = alone(given, longest(self.core.scheduler.capacity))
         self.answers[given.id] = Answer(given, expected)
-        self._scopes.setdefault((given.salt, given.tenant), {})[given.id] = given.tokens + expected.tokens
+        said = with_pictures(given.tokens, given.images).tolist() + expected.tokens
+        self._scopes.setdefault((given.salt, given.tenant), {})[given.id] = said
         self.core.submit(given)
 
     def abort(self, request_id: str) -> None:
@@ -193,7 +216,8 @@ class CheckedEngine:
         """What was found in the prefix cache was said by another request of the same salt and tenant."""
         given = answer.given
         said = self._scopes[given.salt, given.tenant]
-        assert not cached or any(other != given.id and tokens[:cached] == given.tokens[:cached]
+        own = said[given.id]
+        assert not cached or any(other != given.id and tokens[:cached] == own[:cached]
                                  for other, tokens in said.items()), 'blocks cross a salt or a tenant'
 
     def _admissions(self) -> None:
@@ -220,8 +244,9 @@ class CheckedEngine:
             return
         first = running[0]
         request_id, settled, since = self._patience
-        if first.id != request_id or first.settled != settled:
-            self._patience = (first.id, first.settled, self.turns)
+        done = first.settled + self.executor.encoded_tiles
+        if first.id != request_id or done != settled:
+            self._patience = (first.id, done, self.turns)
             return
         assert self.turns - since < PATIENCE, 'the first request starves'
 
@@ -246,7 +271,9 @@ class Simulation:
         size, blocks = rng.choice([2, 4, 8, 16]), rng.randint(4, 30)
         capacity = Capacity(
             num_blocks=blocks, block_size=size, max_batch_size=rng.randint(1, 8), max_step_tokens=rng.randint(3, 40),
-            session_len=min(blocks * size + rng.randint(-2, 5), 120), vocab_size=VOCAB)
+            session_len=min(blocks * size + rng.randint(-2, 5), 120), vocab_size=VOCAB,
+            pictures=PictureRoom(rng.randint(8, 24), rng.choice([1, 3, 10]), rng.choice([2, 8, 40]),
+                                 rng.choice([None, None, 1])) if rng.random() < 0.5 else None)
         drafter = GuessingDrafter(VOCAB, accuracy=rng.random(), seed=seed) if rng.random() < 0.25 else None
         self.engine = CheckedEngine(capacity, depth=rng.choice([1, 2, 2]), prefix_caching=rng.random() < 0.6,
                                     delayed=rng.random() < 0.5, drafter=drafter, check_every=check_every)
@@ -282,10 +309,13 @@ class Simulation:
         count = rng.choice([1, 1, 1, 2, 4])
         salt, tenant = rng.choice([b'', b'', b'x']), rng.choice(['', 'a', 'b'])
         priority, grammar = rng.choice([0, 0, 0, 1]), rng.random() < 0.1
+        images: tuple[ImageSpan, ...] = ()
+        if capacity.pictures is not None and rng.random() < 0.5:
+            prompt, images = draw_pictures(rng, prompt)
         self._ids += 1
         for i in range(count):
             self.engine.submit(EngineInput(
-                f'{self._ids}.{i}', prompt, params, salt=salt, tenant=tenant, priority=priority,
+                f'{self._ids}.{i}', prompt, params, salt=salt, tenant=tenant, priority=priority, images=images,
                 share=str(self._ids) if count > 1 else None, grammar=EveryOther() if grammar else None))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_type_hints
@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from lmdeploy import errors
 from lmdeploy.config.engine import EngineConfig
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine.metrics import EngineStats
 from lmdeploy.engine.plan import Logprobs
 from lmdeploy.engine.request import EngineInput, Finish, ImageSpan, TokenDelta
@@ -39,6 +40,7 @@ ERRORS: dict[str, type[LmdeployError]] = {
     name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, LmdeployError)}
 Scalar = int | float | str | bool | None
 Count = Annotated[int, Meta(ge=0)]
+Side = Annotated[int, Meta(ge=1, le=1 << 24)]
 STATS = tuple(field.name for field in fields(EngineStats))
 stats_values = attrgetter(*STATS)
 DTYPES = {name: np.dtype(name) for name in ('<f4', '<f8', '<i4', '<i8')}
@@ -135,8 +137,36 @@ class GrammarSpec(Struct, array_like=True, frozen=True):
     text: str
 
 
+class Pixels(Struct, array_like=True, tag='pixels', frozen=True, gc=False):
+    """A picture of the request of that id, which follows: ``[tiles, 3, H, W]`` bytes."""
+
+    id: str
+    shape: tuple[Side, Side, Side, Side]
+    data: bytes
+
+    def array(self) -> np.ndarray:
+        """The pixels, read-only.
+
+        Raises:
+            WireError: shape and bytes do not belong together.
+        """
+        if math.prod(self.shape) != len(self.data):
+            raise WireError(f'pixels of shape {self.shape} in {len(self.data)} bytes')
+        return np.frombuffer(self.data, np.uint8).reshape(self.shape)
+
+
+class Span(Struct, array_like=True, frozen=True):
+    """An :class:`~lmdeploy.engine.request.ImageSpan` without its pixels."""
+
+    start: Count
+    end: Count
+    digest: bytes
+    layout: Layout
+
+
 class Submit(Struct, array_like=True, tag='submit', frozen=True):
-    """A request. Bad words and the grammar are texts here, and become code again in the engine's process."""
+    """A request. Bad words and the grammar are texts here, and become code again in the engine's process; pictures
+    have come before it."""
 
     id: str
     tokens: list[int]
@@ -144,7 +174,7 @@ class Submit(Struct, array_like=True, tag='submit', frozen=True):
     salt: bytes
     tenant: str
     priority: int
-    images: list[ImageSpan]
+    images: list[Span]
     share: str | None
     adapter: str
     bad_words: list[tuple[list[str], Count]]  # words, and where the answer begins
@@ -170,14 +200,23 @@ class Submit(Struct, array_like=True, tag='submit', frozen=True):
                 raise RequestError('LMD-341', what='grammar')
             grammar = GrammarSpec(source.kind, source.text)
         return cls(request.id, request.tokens, Sampling(*_sampling_values(request.params)), request.salt,
-                   request.tenant, request.priority, list(request.images), request.share, request.adapter, bad_words,
-                   grammar)
+                   request.tenant, request.priority,
+                   [Span(i.start, i.end, i.digest, i.layout) for i in request.images], request.share, request.adapter,
+                   bad_words, grammar)
 
-    def request(self) -> EngineInput:
-        """The request without its bad words and grammar."""
+    def request(self, pixels: Sequence[np.ndarray] = ()) -> EngineInput:
+        """The request without its bad words and grammar, with the pixels of its pictures.
+
+        Raises:
+            WireError: there are more pictures than pixels, or fewer.
+        """
+        if len(pixels) != len(self.images):
+            raise WireError(f'{len(self.images)} pictures with the pixels of {len(pixels)}')
         params = SamplingParams(**{name: getattr(self.params, name) for name in _SAMPLING})
-        return EngineInput(self.id, self.tokens, params, self.salt, self.tenant, self.priority, tuple(self.images),
-                           self.share, self.adapter)
+        images = tuple(ImageSpan(span.start, span.end, span.digest, span.layout, array)
+                       for span, array in zip(self.images, pixels))
+        return EngineInput(self.id, self.tokens, params, self.salt, self.tenant, self.priority, images, self.share,
+                           self.adapter)
 
 
 class Abort(Struct, array_like=True, tag='abort', frozen=True, gc=False):
@@ -186,7 +225,7 @@ class Abort(Struct, array_like=True, tag='abort', frozen=True, gc=False):
     id: str
 
 
-ToEngine = Load | Submit | Abort
+ToEngine = Load | Pixels | Submit | Abort
 
 
 # -- from the engine to the server ---------------------------------------------------------------------------------
@@ -348,7 +387,7 @@ def encode(message: ToEngine | ToServer) -> bytearray:
 
 
 def submission(request: EngineInput) -> bytearray:
-    """The frame of ``request``, read once by the rules of its receiver: a bad one must not cost the connection.
+    """The frames of ``request``, read once by the rules of their receiver: a bad one must not cost the connection.
 
     Raises:
         RequestError: LMD-341, a part of it is Python code; LMD-348, a part of it is of the wrong type.
@@ -356,6 +395,11 @@ def submission(request: EngineInput) -> bytearray:
     try:
         frame = encode(Submit.of(request))
         to_engine(memoryview(frame)[HEADER_BYTES:])
+        if request.images:
+            pixels = [encode(Pixels(request.id, span.pixels.shape, span.pixels.tobytes())) for span in request.images]
+            for one in pixels:
+                to_engine(memoryview(one)[HEADER_BYTES:])
+            frame = bytearray().join([*pixels, frame])
     except (WireError, TypeError, OverflowError, ValueError) as error:
         raise RequestError('LMD-348', reason=error) from error
     return frame

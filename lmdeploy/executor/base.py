@@ -10,6 +10,24 @@ from lmdeploy.engine.plan import StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
+class PictureRoom:
+    """What the device holds of pictures, and how fast it encodes them.
+
+    Attributes:
+        tokens: embeddings that it keeps.
+        patches: a tile costs so many as the tower computes positions for it; so many may be encoded per step while
+            texts are running, on average, that those keep their pace,
+        patches_alone: and so many in a step at most.
+        pictures: of so many pictures in a step at most; None: any number.
+    """
+
+    tokens: int
+    patches: int
+    patches_alone: int
+    pictures: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Capacity:
     """What the started device side can hold: facts that are derived, never configured.
 
@@ -28,6 +46,7 @@ class Capacity:
     device: str = 'cpu'
     choices: dict[str, str] = field(default_factory=dict)  # 'attention' -> 'cpu_spans', ..., for the start line
     pooling: Pooling | None = None
+    pictures: PictureRoom | None = None  # None: it reads no pictures
 
 
 class StepHandle(Protocol):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine.block_pool import BlockPool, block_key, root_key
 from lmdeploy.engine.request import ImageSpan, Request
 from lmdeploy.engine.sampling import SamplingParams
@@ -155,12 +157,17 @@ def test_roots_tell_apart_salt_tenant_and_adapter():
     assert len(roots) == 7
 
 
+def picture(start, end, digest):
+    return ImageSpan(start, end, digest, Layout((1, 1), (1, end - start), 1, end - start, 1),
+                     np.zeros((1, 3, 1, 1), np.uint8))
+
+
 def test_images_are_part_of_the_key_from_their_first_block_on():
     tokens = [1] * 16
     plain = hashes(tokens)
-    one = hashes(tokens, images=(ImageSpan(5, 9, b'one'),))
-    two = hashes(tokens, images=(ImageSpan(5, 9, b'two'),))
-    moved = hashes(tokens, images=(ImageSpan(6, 10, b'one'),))
+    one = hashes(tokens, images=(picture(5, 9, b'one'),))
+    two = hashes(tokens, images=(picture(5, 9, b'two'),))
+    moved = hashes(tokens, images=(picture(6, 10, b'one'),))
     assert plain[0] == one[0] == two[0] == moved[0]
     for keys in zip(plain[1:], one[1:], two[1:], moved[1:]):
         assert len(set(keys)) == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import msgspec
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lmdeploy import errors
 from lmdeploy.config.engine import EngineConfig
+from lmdeploy.config.vision import Layout
 from lmdeploy.engine import wire
 from lmdeploy.engine.metrics import EngineStats
 from lmdeploy.engine.plan import Logprobs
@@ -36,7 +37,11 @@ PARAMS = st.builds(
 REQUESTS = st.builds(
     EngineInput, id=st.text(max_size=30), tokens=TOKENS, params=PARAMS, salt=st.binary(max_size=8), tenant=st.text(),
     priority=st.integers(-9, 9), share=st.none() | st.text(max_size=5),
-    images=st.lists(st.builds(ImageSpan, st.integers(0, 9), st.integers(0, 9), st.binary(max_size=4))).map(tuple))
+    images=st.lists(st.builds(
+        lambda start, digest, tiles: ImageSpan(
+            start, start + tiles, digest, Layout((9, 5), (1, tiles), tiles, tiles, 4),
+            np.full((tiles, 3, 2, 1), start, np.uint8)),
+        st.integers(0, 9), st.binary(max_size=4), st.integers(1, 3)), max_size=3).map(tuple))
 
 
 def payload(message):
@@ -51,8 +56,20 @@ def deltas_of(*deltas):
 
 @given(REQUESTS)
 def test_requests_arrive_as_they_are(request):
-    message = wire.to_engine(bytes(wire.submission(request)[wire.HEADER_BYTES:]))
-    assert message.request() == request
+    *pixels, message = map(wire.to_engine, wire.Frames().feed(bytes(wire.submission(request))))
+    arrived = message.request([picture.array() for picture in pixels])
+    assert replace(arrived, images=()) == replace(request, images=())
+    assert all(picture.id == request.id for picture in pixels) and len(arrived.images) == len(request.images)
+    for image, sent in zip(arrived.images, request.images):
+        assert (image.start, image.end, image.digest, image.layout) == (sent.start, sent.end, sent.digest, sent.layout)
+        assert np.array_equal(image.pixels, sent.pixels) and image.pixels.dtype == np.uint8
+
+
+def test_pixels_that_do_not_fit_are_no_message():
+    with pytest.raises(wire.WireError):
+        wire.Pixels('a', (1, 3, 2, 2), b'x' * 11).array()
+    with pytest.raises(wire.WireError):
+        wire.Submit.of(EngineInput('a', [1], SamplingParams())).request([np.zeros((1, 3, 1, 1), np.uint8)])
 
 
 def test_every_parameter_but_functions_crosses():
