@@ -107,6 +107,10 @@ class Levels:
             zeros = torch.where(mask, self.zeros, other.zeros)
         return Levels(torch.where(mask, self.scales, other.scales), zeros)
 
+    def part(self, outputs: slice) -> Levels:
+        """Those of some outputs."""
+        return Levels(self.scales[:, outputs], None if self.zeros is None else self.zeros[:, outputs])
+
     @staticmethod
     def _spread(values: Tensor, channels: int, grid: Grid) -> Tensor:
         return values.float().repeat_interleave(grid.group or channels, 0)[:channels]

@@ -101,9 +101,10 @@ class Job:
         device = choose_device(options.device)
         source = open_source(path, DTYPES.get(options.dtype), dummy=device if dummy else None)
         try:
+            recipe.prepare(source.spec)
             check_groups(source, recipe)
             tokenizer = Tokenizer(str(path))
-            sampler = Sampler(tokenizer, resolve_template(str(path), tokenizer))
+            sampler = sampler_of(path, tokenizer)
             corpus = load_corpus(options.calib_dataset)
             length, samples, reduced = amount(source, options, device, recipe.needs)
             calibration = sampler.sample(corpus, samples, length)
@@ -212,6 +213,23 @@ class Job:
             calibration, layers, sizes, round(seconds, 1), peak_bytes(self.device), self.quality,
             loads_in=loads_in(storage, bool(self.recipe.extra_config())),
             try_it=f'lmdeploy chat {work.path}')  # fmt: skip
+
+
+def open_calibration(path: Path, options: Options) -> tuple[Source, Calibration, int, torch.device]:
+    """An open model and its calibration tokens alone; of the tokens asked for, how many, if they are more; the device."""
+    limit_threads()
+    device, source = choose_device(options.device), open_source(path, DTYPES.get(options.dtype))
+    try:
+        length, samples, reduced = amount(source, options, device, frozenset())
+        calibration = sampler_of(path, Tokenizer(str(path))).sample(load_corpus(options.calib_dataset), samples, length)
+    except BaseException:
+        source.checkpoint.close()
+        raise
+    return source, calibration, reduced, device
+
+
+def sampler_of(path: Path, tokenizer: Tokenizer) -> Sampler:
+    return Sampler(tokenizer, resolve_template(str(path), tokenizer))
 
 
 def write_report(work: WorkDir, report: Report) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lmdeploy.config.quantization import AWQ, COMPRESSED, FLOAT, FP8, GPTQ, INT, PACK, SMOOTH, Storage
 from lmdeploy.lite.recipe import ROLES, SITES, Recipe
+from lmdeploy.lite.rotated import transform_config
 from lmdeploy.lite.source import Source
 from lmdeploy.lite.workdir import WorkDir
 from lmdeploy.tokenizer import Tokenizer
@@ -37,7 +39,8 @@ def quantization_config(source: Source, recipe: Recipe) -> dict[str, object]:
     Most layers are stored in one way; those in another are named. Dense layers, the output layer and everything outside
     of the language model are listed as not quantised.
     """
-    where = placed(source, recipe)
+    whole = placed(source, recipe)
+    where = {name: None if storage is None else replace(storage, transform='') for name, storage in whole.items()}
     storages = Counter(storage for storage in where.values() if storage is not None)
     main = storages.most_common(1)[0][0]
     dense = [name for name, storage in where.items() if storage is None]
@@ -55,7 +58,7 @@ def quantization_config(source: Source, recipe: Recipe) -> dict[str, object]:
             config['dynamic'] = {
                 f'^{_escaped(name)}$': {'bits': s.bits, 'group_size': s.group or -1, 'sym': s.symmetric}
                 for name, s in others.items()}  # fmt: skip
-    return config | recipe.extra_config()
+    return config | _transforms(whole) | recipe.extra_config()
 
 
 def write_output(source: Source, recipe: Recipe, work: WorkDir, tokenizer: Tokenizer | None) -> None:
@@ -150,6 +153,15 @@ def _compressed(where: dict[str, Storage | None], storages: list[Storage], main:
     return {'quant_method': COMPRESSED, 'format': main.format, 'quantization_status': 'compressed',
             'version': COMPRESSED_VERSION, 'global_compression_ratio': None, 'ignore': ignored,
             'kv_cache_scheme': None, 'config_groups': groups}  # fmt: skip
+
+
+def _transforms(where: dict[str, Storage | None]) -> dict[str, object]:
+    """``transform_config``, where inputs are transformed."""
+    targets: dict[str, list[str]] = {}
+    for name, storage in where.items():
+        if storage is not None and storage.transform:
+            targets.setdefault(storage.transform, []).append(f're:^{_escaped(name)}$')
+    return {'transform_config': transform_config(targets)} if targets else {}
 
 
 def _compressed_group(storage: Storage, targets: list[str]) -> dict[str, object]:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from lmdeploy.config.quantization import Storage
+from lmdeploy.models.spec import DecoderSpec
 from lmdeploy.ops.quantize import quantize_tokens
 from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.dequant import dequantize_bundle
+from lmdeploy.quant.transform import plain_weight, transform
 
 Effort = Literal['fast', 'normal', 'high']
 SiteName = Literal['qkv', 'o', 'gate_up', 'down']
@@ -233,19 +234,27 @@ class Recipe(ABC):
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
         """Quantise the site; called only where :meth:`storage` is not None. The statistics may be used up."""
 
+    def prepare(self, spec: DecoderSpec) -> None:
+        """Learn what the model is, before anything is asked.
+
+        Raises:
+            ConfigError: it cannot be quantised so.
+        """
+        return None
+
     def dense(self, bundle: LinearBundle) -> Tensor:
-        """``[out, in] float32``: what plain inputs are multiplied by to the same effect as by ``bundle``; to be given
-        where that is not what it dequantises to, because it has an ``input_transform``."""
-        return dequantize_bundle(bundle, torch.float32)
+        """``[out, in] float32``: what plain inputs are multiplied by to the same effect as by ``bundle``."""
+        return plain_weight(bundle)
 
     def inputs(self, bundle: LinearBundle, x: Tensor) -> Tensor:
         """``x [tokens, in]`` as ``bundle`` sees it: with its activations rounded, if it rounds them, token by token."""
-        kind = bundle.scheme.activation
+        kind, name = bundle.scheme.activation, bundle.input_transform
         if not kind or bundle.scheme.static:
             return x
-        codes, scales = quantize_tokens.reference(x, kind, bundle.scheme.activation_group)
+        turned = transform(x, name)
+        codes, scales = quantize_tokens.reference(turned, kind, bundle.scheme.activation_group)
         group = bundle.scheme.activation_group or x.shape[-1]
-        return codes.float() * scales.repeat_interleave(group, 1)[:, :x.shape[-1]]
+        return transform(codes.float() * scales.repeat_interleave(group, 1)[:, :x.shape[-1]], name)
 
     def transform_top(self, top: TopWeights) -> None:
         """Change embedding, final norm and head in place, before any layer."""

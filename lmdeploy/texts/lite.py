@@ -101,4 +101,16 @@ NOTES: dict[str, dict[str, str]] = {
         'en': 'The report is {folder}/quant_report.html. Try the model:',
         'zh': '报告位于 {folder}/quant_report.html。试用模型：',
     },
+    'LMD-631': {
+        'en': 'the rotation portable does not fit {architecture}: it normalises the outputs of attention and MLP before '
+              'they join the residual stream, and no rotation passes such norms. Give --rotation native or none.',
+        'zh': 'portable 旋转不适用于 {architecture}：该架构在注意力与 MLP 的输出加入残差流之前先做归一化，'
+              '旋转无法穿过这种归一化。请使用 --rotation native 或 none。',
+    },
+    'LMD-632': {
+        'en': 'the rotation native transforms inputs while the model runs, which files of the format {format} cannot '
+              'say. Give --format compressed-tensors, or --rotation portable.',
+        'zh': 'native 旋转需要在模型运行时变换输入，而 {format} 格式的文件无法表达这一点。'
+              '请使用 --format compressed-tensors，或改用 --rotation portable。',
+    },
 }
