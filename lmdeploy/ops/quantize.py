@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmdeploy.ops.activation import ACTIVATIONS
+from lmdeploy.ops.linear import GATE_GROUP
+from lmdeploy.ops.norm import add_rms_norm, rms_norm
 from lmdeploy.ops.table import op
 
 INT8_EPS = 1e-7  # the smallest magnitude that a token's largest counts as
@@ -41,6 +44,34 @@ def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
 def quantize_static(x: Tensor, kind: str, scale: Tensor) -> Tensor:
     """As :func:`quantize_tokens`, with one given ``scale []`` for all: codes ``[T, in]``; what is too large is cut."""
     return _codes(x.float() / scale.float(), kind)
+
+
+@op
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """``quantize_tokens(rms_norm(x, weight, eps), kind, group)`` for ``x [T, D]``."""
+    return quantize_tokens(rms_norm(x, weight, eps), kind, group)
+
+
+@op
+def add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str,
+                          group: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``s = x + residual``; returns the codes and scales of ``rms_norm(s, weight, eps)``, and s; all ``[T, ...]``."""
+    normalised, total = add_rms_norm(x, residual, weight, eps)
+    return *quantize_tokens(normalised, kind, group), total
+
+
+@op
+def gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """``quantize_tokens(activation(gate) * up, kind, group)``.
+
+    Args:
+        x: ``[T, 2 I]``: gate and up, one after the other or in turns of GATE_GROUP channels where ``interleaved``.
+        activation: a key of ``ACTIVATIONS``.
+    """
+    if interleaved:
+        both = x.unflatten(-1, (-1, 2, GATE_GROUP))
+        x = torch.cat((both[..., 0, :].flatten(-2), both[..., 1, :].flatten(-2)), -1)
+    return quantize_tokens(ACTIVATIONS[activation](x), kind, group)
 
 
 def _codes(scaled: Tensor, kind: str) -> Tensor:

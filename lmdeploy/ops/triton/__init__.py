@@ -1,5 +1,19 @@
 """Triton kernels for GPUs; importing this package registers them in the op table."""
 
-from lmdeploy.ops.triton import activation, embedding, gemm, hadamard, logits, norm, rope, sample, step
+from lmdeploy.ops.triton import (
+    activation,
+    embedding,
+    gemm,
+    hadamard,
+    logits,
+    norm,
+    quant_packed,
+    quant_scaled,
+    quantize,
+    rope,
+    sample,
+    step,
+)
 
-__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'logits', 'norm', 'rope', 'sample', 'step']
+__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'logits', 'norm', 'quant_packed', 'quant_scaled', 'quantize',
+           'rope', 'sample', 'step']  # fmt: skip

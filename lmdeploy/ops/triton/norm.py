@@ -18,7 +18,7 @@ _WIDEST = 16384  # channels that a program keeps in registers
 
 
 @triton.jit
-def _normalised(x, weight, SIZE: tl.constexpr, eps):
+def normalised(x, weight, SIZE: tl.constexpr, eps):
     """float32 ``x`` (zero beyond SIZE) normalised and scaled."""
     return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
 
@@ -40,12 +40,12 @@ def _norm_kernel(
         gdc_wait()
     values = tl.load(x + row * x_stride + at, mask=there, other=0.0)
     if POST:  # rounded, as a norm of its own would
-        values = _normalised(values.to(tl.float32), post_scale, SIZE, eps).to(values.dtype)
+        values = normalised(values.to(tl.float32), post_scale, SIZE, eps).to(values.dtype)
     if ADD:
         before = tl.load(residual + row * residual_stride + at, mask=there, other=0.0)
         values = (values.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
         tl.store(total + row * SIZE + at, values, mask=there)
-    result = _normalised(values.to(tl.float32), scale, SIZE, eps)
+    result = normalised(values.to(tl.float32), scale, SIZE, eps)
     tl.store(out + row * SIZE + at, result.to(out.dtype.element_ty), mask=there)
 
 

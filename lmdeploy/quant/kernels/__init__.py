@@ -16,11 +16,14 @@ from lmdeploy.quant.kernels.choice import (
     register_linear,
     withdraw,
 )
+from lmdeploy.quant.kernels.cpu import Int4, Int4Inputs, Int8, Int8Inputs
 from lmdeploy.quant.kernels.dense import Dense, Interleaved, PackedDense, PackedGated
 from lmdeploy.quant.kernels.dequantised import Dequantised, DequantisedGated, Merged, QuantisedInput, QuantisedPack
+from lmdeploy.quant.kernels.triton import PackedGatedProduct, PackedProduct, ScaledGatedProduct, ScaledProduct
 
-LINEAR += [PackedDense(), Dense(), Dequantised(), QuantisedInput()]
-GATED += [PackedGated(), Interleaved(), DequantisedGated(), Merged()]
+LINEAR += [PackedDense(), Dense(), PackedProduct(), ScaledProduct(), Int4(), Int8(), Int8Inputs(),
+           Int4Inputs(), Dequantised(), QuantisedInput()]  # fmt: skip
+GATED += [PackedGated(), Interleaved(), PackedGatedProduct(), ScaledGatedProduct(), DequantisedGated(), Merged()]
 
 __all__ = [
     'Dense',
@@ -28,6 +31,10 @@ __all__ = [
     'DequantisedGated',
     'GATED',
     'GatedKernel',
+    'Int4',
+    'Int4Inputs',
+    'Int8',
+    'Int8Inputs',
     'Interleaved',
     'KernelCase',
     'LINEAR',
@@ -35,8 +42,12 @@ __all__ = [
     'Merged',
     'PackedDense',
     'PackedGated',
+    'PackedGatedProduct',
+    'PackedProduct',
     'QuantisedInput',
     'QuantisedPack',
+    'ScaledGatedProduct',
+    'ScaledProduct',
     'choose_gated',
     'choose_kernel',
     'explain',
