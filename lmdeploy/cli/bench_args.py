@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lmdeploy.bench.shapes import QUANTISED
 from lmdeploy.cli.args import UsageError, add_engine_arguments, engine_config
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser, template=False)
     parser.add_argument('--load-format', choices=('auto', 'dummy'), default='auto',
                         help="auto: the model's weights; dummy: random ones, of a folder with a config.json alone")
+    add_quant(parser)
+
+
+def add_quant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--quant', choices=tuple(QUANTISED), default=None, help='random weights, stored so')
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -113,11 +120,15 @@ def measure(args: argparse.Namespace, screen: Screen, loads: Sequence[Workload],
         path = resolve(args.model, revision=public.revision, download_dir=public.download_dir).path
     screen.note('loading', model=args.model)
     longest = max(given + made for load in loads for given, made in zip(load.inputs, load.outputs))
-    bench = Bench(engine, path, args.model, longest)
-    try:
-        report = work(bench, given_roof(args))
-    finally:
-        bench.close()
+    model = args.model if args.quant is None else f'{args.model} {args.quant}'
+    with TemporaryDirectory(prefix='lmdeploy-bench-') as folder:
+        if args.quant is not None:
+            engine, path = replace(engine, load_format='dummy'), shapes.quantised(path, args.quant, Path(folder))
+        bench = Bench(engine, path, model, longest)
+        try:
+            report = work(bench, given_roof(args))
+        finally:
+            bench.close()
     write(args, screen, report)
     return report
 
