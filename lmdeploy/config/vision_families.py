@@ -26,6 +26,8 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 BICUBIC = 3  # Pillow's number
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh', 'quick_gelu': 'quick_gelu',
                'silu': 'silu', 'relu': 'relu'}  # fmt: skip
+_BASE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12}
+"""What the vision_config of CLIP's and SigLIP's base models may leave out."""
 
 
 def internvl(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> VisionModelConfig:
@@ -79,8 +81,9 @@ def llava(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> V
     kind = vision.text('model_type', 'clip_vision_model')
     _among(vision, 'model_type', kind, ('clip_vision_model', 'siglip_vision_model'))
     clip = kind == 'clip_vision_model'
-    image = _side(vision, 'image_size', 336 if clip else 224)
-    tower = _tower(vision, 'clip' if clip else 'siglip', image, patch=_side(vision, 'patch_size', 14 if clip else 16),
+    vision = Fields({**_BASE_TOWER, **vision.values}, vision.path)
+    image = _side(vision, 'image_size', 224)
+    tower = _tower(vision, 'clip' if clip else 'siglip', image, patch=_side(vision, 'patch_size', 32 if clip else 16),
                    activation='quick_gelu' if clip else 'gelu_pytorch_tanh', eps=1e-5 if clip else 1e-6)
     select = top.text('vision_feature_select_strategy', 'default')
     _among(top, 'vision_feature_select_strategy', select, ('default', 'full'))
