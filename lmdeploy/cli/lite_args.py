@@ -92,7 +92,7 @@ def quantise(args: argparse.Namespace, screen: Screen, what: str, recipe: Callab
     """
     screen.note('lite plan', method=args.method, model=args.model, what=what, folder=args.work_dir)
     files = find(args)
-    from lmdeploy.cli.lite_progress import Progress, tell_done, tell_job
+    from lmdeploy.cli.lite_progress import Progress, tell_calibration, tell_done
     from lmdeploy.lite.job import Job
 
     job = Job.open(files.path, recipe(), options(args))
@@ -102,7 +102,7 @@ def quantise(args: argparse.Namespace, screen: Screen, what: str, recipe: Callab
             screen.note('lite done already', folder=args.work_dir)
             tell_done(screen, done)
             return 0
-        tell_job(screen, job)
+        tell_calibration(screen, job.calibration, job.reduced)
         with Progress(job.source.num_layers) as progress:
             report = job.run(progress, ' '.join(['lmdeploy', *sys.argv[1:]]), args.model)
     finally:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from lmdeploy.lite.calibration import Calibration
     from lmdeploy.lite.driver import Event
-    from lmdeploy.lite.job import Job
     from lmdeploy.lite.recipe import SiteReport
     from lmdeploy.lite.report import Report
 
@@ -81,15 +81,14 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def tell_job(screen: Screen, job: Job) -> None:
-    """What the run works on."""
-    calibration = job.calibration
+def tell_calibration(screen: Screen, calibration: Calibration, reduced: int) -> None:
+    """What the run works on; ``reduced``: tokens that were asked for, if they are more."""
     if calibration.replaced:
         screen.note('lite replaced', name=calibration.name, reason=calibration.replaced)
     screen.note('lite calibration', name=calibration.name, samples=len(calibration.sequences),
                 length=max(map(len, calibration.sequences)), tokens=calibration.tokens)  # fmt: skip
-    if job.reduced:
-        screen.note('lite reduced', asked=f'{job.reduced:,}', used=f'{calibration.tokens:,}')
+    if reduced:
+        screen.note('lite reduced', asked=f'{reduced:,}', used=f'{calibration.tokens:,}')
     if calibration.name == 'bundled':
         screen.note('lite bundled')
 

@@ -35,9 +35,10 @@ from lmdeploy.tokenizer import Tokenizer
 from lmdeploy.version import __version__
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
-CPU_WORK = 2e13  # operations that statistics may take where the user leaves it to us
+CPU_WORK = 1e13  # operations that statistics may take where the user leaves it to us
 LEAST_TOKENS = 2048
 CPU_JUDGED, GPU_JUDGED = 2048, 16384  # tokens of each held-out text
+GROUPS = (128, 64, 32, 16, 256, 96, 48)  # that are proposed, the most usual first
 WINDOW = 512  # tokens of a held-out window
 
 
@@ -216,7 +217,7 @@ class Job:
 
 
 def open_calibration(path: Path, options: Options) -> tuple[Source, Calibration, int, torch.device]:
-    """An open model and its calibration tokens alone; of the tokens asked for, how many, if they are more; the device."""
+    """A model, its calibration tokens, how many were asked for if they are more, and the device."""
     limit_threads()
     device, source = choose_device(options.device), open_source(path, DTYPES.get(options.dtype))
     try:
@@ -258,8 +259,8 @@ def check_groups(source: Source, recipe: Recipe) -> None:
                 out, wide = widths[role]
                 group = storage.group if storage is not None else 0
                 if group and wide % group:
-                    fitting = [size for size in (256, 128, 96, 64, 48, 32, 16) if not any(w % size for w in everything)]
-                    near = min(fitting, key=lambda size: abs(size - group), default=-1)
+                    fitting = [size for size in GROUPS if not any(w % size for w in everything)]
+                    near = next((size for size in fitting if size <= group), -1)
                     raise ConfigError('LMD-606', group=group, width=wide, remainder=wide % group, proposal=near,
                                       layer=f'{source.layer_path(i)}.{source.linear_names()[role]}',
                                       possible=', '.join(map(str, fitting)) or '-1')  # fmt: skip
