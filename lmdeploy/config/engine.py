@@ -24,6 +24,7 @@ class EngineConfig:
     max_step_tokens: int | None = None  # token budget of one step
     model_format: str | None = None  # None: what config.json says | hf: not quantised | a quant_method; checked
     load_format: str = 'auto'  # auto: the model's files | dummy: random weights from config.json alone
+    max_pictures: int | None = None  # that a step encodes at most
     rope_scaling_factor: float = 0.0  # > 1: dynamic NTK by this factor
     depth: int | None = None  # launched, unretired steps: 1 synchronous, 2 overlapped
 

@@ -74,6 +74,7 @@ class LocalExecutor:
             kv_bytes=runner.kv.nbytes,
             device=runner.device.type,
             choices=runner.choices(),
+            pictures=runner.picture_room,
         )
 
     def launch(self, plan: StepPlan) -> Launched | GraphStep | MixedStep:

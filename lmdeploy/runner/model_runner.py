@@ -19,17 +19,21 @@ from torch import Tensor
 
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.model import ModelConfig
-from lmdeploy.engine.plan import OUTPUT_NONE, StepPlan
+from lmdeploy.config.vision import is_vision_model, read_preprocessor, read_vision
+from lmdeploy.engine.plan import OUTPUT_NONE, PictureRoom, StepPlan
 from lmdeploy.errors import ConfigError
 from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
 from lmdeploy.models.shapes import tensor_shapes
+from lmdeploy.models.vision.encoder import build_encoder
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
 from lmdeploy.parallel.group import ALONE, Group
+from lmdeploy.quant.policy import QuantPolicy
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.encoder import PictureEncoder, kept_bytes, parameters, picture_room
 from lmdeploy.runner.graphs import CudaGraphs, GraphRunner, GraphStep, Kind, Record
 from lmdeploy.runner.handle import Launched
 from lmdeploy.runner.host import limit_threads, return_freed_memory
@@ -70,6 +74,7 @@ class ModelRunner:
 
     Attributes:
         model_config, dtype, device, generation_config, plan: known after :meth:`start`.
+        pictures, picture_room: the vision encoder, and what it is given; None: the model reads text only.
     """
 
     def __init__(self, engine: EngineConfig, path: Path, *, model_config: ModelConfig | None = None,
@@ -88,6 +93,8 @@ class ModelRunner:
         self.sampler: Sampler
         self.graphs: GraphRunner | None = None
         self.mixed: MixedGraphs | None = None
+        self.pictures: PictureEncoder | None = None
+        self.picture_room: PictureRoom | None = None
 
     @torch.no_grad()  # and not inference_mode: weights are read by threads of their own
     def start(self) -> None:
@@ -106,14 +113,18 @@ class ModelRunner:
                 if self.device.type != 'cpu':
                     checkpoint.upload_to(self.device)
                 self.model.load(checkpoint.prefix())
-            checkpoint.finish(self.model.ignore)
+                if self.pictures is not None:
+                    self.pictures.encoder.load(checkpoint.prefix())
+            vision_ignore = self.pictures.encoder.ignore if self.pictures is not None else ()
+            checkpoint.finish(self.model.ignore + vision_ignore)
         finally:
             checkpoint.close()
         return_freed_memory()
         on_gpu = self.device.type != 'cpu'
         with_tables = self._record is not None or on_gpu
+        mrope = self.pictures is not None and self.pictures.encoder.config.mrope
         self.slots = SlotTable(self.plan.max_batch_size, self.plan.session_len, self.engine.block_size, self.device,
-                               self.model_config.vocab_size if with_tables else None)
+                               self.model_config.vocab_size if with_tables else None, mrope=mrope)
         if on_gpu:
             with self._stage('the largest step', free):
                 self.plan = self._measured()
@@ -130,7 +141,7 @@ class ModelRunner:
 
     def stop(self) -> None:
         """Let go of model and cache; safe to call twice."""
-        self.graphs = self.mixed = None
+        self.graphs = self.mixed = self.pictures = None
         for name in ('model', 'kv', 'slots', 'sampler'):
             self.__dict__.pop(name, None)
         gc.collect()
@@ -151,8 +162,11 @@ class ModelRunner:
         for request in plan.opened:
             self.slots.open(request)
         self.slots.flush()
+        lost = self._encode(plan) if self.pictures is not None else ''
         if not plan.rows:
-            return Launched(plan.step, 0)
+            return Launched(plan.step, 0, lost=lost).send(self.device)
+        if lost or plan.places:
+            return self._with_pictures(plan, lost)
         if self.graphs is not None and (key := self.graphs.find(plan)) is not None:
             if key[1] is not Kind.FORWARD:
                 return self.graphs.launch(key, plan)
@@ -163,6 +177,42 @@ class ModelRunner:
             return self.mixed.launch(mixed, plan)
         batch, outputs = inputs.build(plan, self.slots)
         return self._with_memory(plan, lambda: self._step(plan, batch, outputs))
+
+    def _with_pictures(self, plan: StepPlan, lost: str) -> Launched:
+        """A step some of whose tokens are those of pictures, or for whose pictures there was no memory."""
+        assert self.pictures is not None
+        self.slots.append(plan.slots, plan.block_start, plan.blocks)
+        if lost:
+            return Launched(plan.step, plan.rows, failure=lost, lost=lost).send(self.device)
+        batch, outputs = inputs.build(plan, self.slots)
+        encoder = self.pictures
+
+        def step() -> Launched:
+            batch.embeds = encoder.embeds(plan.places)
+            return self._step(plan, batch, outputs)
+
+        return self._with_memory(plan, step)
+
+    def _encode(self, plan: StepPlan) -> str:
+        """Forget and encode pictures; why there was no memory for it."""
+        assert self.pictures is not None
+        for _ in range(2):
+            try:
+                self.pictures.run(plan)
+                return ''
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                cause = f'pictures: {str(error).splitlines()[0][:200]}'
+            self._free_unused()
+        get_logger().error('memory ran out for %s', cause)
+        self.pictures.lose(plan)
+        return cause
+
+    def _free_unused(self) -> None:
+        gc.collect()
+        if self.device.type != 'cpu':
+            torch.cuda.empty_cache()
 
     def choices(self) -> dict[str, str]:
         """What really runs, for the start line."""
@@ -225,7 +275,7 @@ class ModelRunner:
         self.device = self.group.device or choose_device(engine.device)
         self.dtype = choose_dtype(engine.dtype, self.device, config.dtype_name)
         self.threads = limit_threads()
-        room = measure(self.device)
+        room = self._without_pictures(measure(self.device), checkpoint, config)
         self.plan = agree(plan_memory(engine, config, self.dtype, room, group=self.group), self.group)
         if self.plan.session_len != (engine.session_len or config.context_len):
             get_logger().warning(
@@ -238,6 +288,21 @@ class ModelRunner:
         self.model_config = config
         return room
 
+    def _without_pictures(self, room: Room, checkpoint: Checkpoint, config: ModelConfig) -> Room:
+        """What is left of ``room`` for the decoder, where the model has a vision encoder, which is made here."""
+        if not is_vision_model(checkpoint.config):
+            return room
+        vision = read_vision(checkpoint.config, read_preprocessor(self.path))
+        build = Build(dtype=self.dtype, device=self.device, group=self.group,
+                      policy=QuantPolicy(config.quantization))  # fmt: skip
+        self.pictures = PictureEncoder(build_encoder(vision, build))
+        numbers = parameters(self.pictures.encoder)
+        decoder = weight_bytes(config, self.dtype.itemsize, packed=False)
+        self.picture_room = picture_room(vision, self.device.type, self.dtype.itemsize, decoder, numbers,
+                                         self.engine.max_pictures)  # fmt: skip
+        kept = kept_bytes(self.picture_room, vision, self.dtype.itemsize)
+        return replace(room, free=room.free - numbers * self.dtype.itemsize - kept)
+
     def _open(self) -> Checkpoint:
         if self.engine.load_format != 'dummy':
             return self._given_checkpoint or open_checkpoint(self.path)
@@ -245,6 +310,9 @@ class ModelRunner:
         config = ModelConfig.from_dict(values, session_len=self.engine.session_len,
                                        rope_scaling_factor=self.engine.rope_scaling_factor)  # fmt: skip
         shapes = tensor_shapes(decoder_spec(config))
+        if is_vision_model(values):
+            vision = read_vision(values, read_preprocessor(self.path))
+            shapes = {**shapes, **build_encoder(vision, Build(dtype=torch.float32, device=torch.device('cpu'))).shapes()}
         return DummyCheckpoint(self.path, values, shapes, choose_device(self.engine.device))
 
     def _read_config(self, checkpoint: Checkpoint, session_len: int | None) -> ModelConfig:
@@ -257,7 +325,12 @@ class ModelRunner:
         graphs = graph_bytes(self.engine, self.model_config, self.plan.max_batch_size)
         get_logger().info('the largest step takes %s', gib(peak))
         sized = replace(self.engine, session_len=self.plan.session_len)  # which the model was built for
-        plan = plan_memory(sized, self.model_config, self.dtype, measure(self.device), weights=0,
+        room = measure(self.device)
+        if self.pictures is not None and self.picture_room is not None:
+            peak = max(peak, self.pictures.peak_bytes())
+            kept = kept_bytes(self.picture_room, self.pictures.encoder.config, self.dtype.itemsize)
+            room = replace(room, free=room.free - kept)
+        plan = plan_memory(sized, self.model_config, self.dtype, room, weights=0,
                            workspace=BASE_WORKSPACE + peak + graphs, group=self.group)  # fmt: skip
         return agree(plan, self.group)
 
@@ -323,9 +396,7 @@ class ModelRunner:
             if not _out_of_memory(error):
                 raise
             get_logger().warning('memory ran out in a step of %d tokens; trying once more', plan.num_tokens)
-        gc.collect()
-        if self.device.type != 'cpu':
-            torch.cuda.empty_cache()
+        self._free_unused()
         try:
             return step()
         except (MemoryError, RuntimeError) as error:
