@@ -20,11 +20,12 @@ from pathlib import Path
 WARN_LINES, MAX_LINES = 500, 700
 
 # What a package of lmdeploy may import of lmdeploy. 'a.b' is that module only; FREE may be imported by all.
-FREE = {'errors', 'log', 'version', 'texts', 'messages', 'config'}
+FREE = {'errors', 'log', 'version', 'texts', 'messages', 'config', 'child'}
 DEVICE = {'ops', 'parallel', 'quant', 'weights', 'kv', 'attention', 'nn', 'runner.batch'}
 MAY_IMPORT: dict[str, set[str]] = {
     'errors': {'texts'},
     'log': set(),
+    'child': set(),
     'version': set(),
     'texts': set(),
     'messages': {'errors', 'log'},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     'attention': {'ops', 'kv', 'runner.batch'},
     'nn': DEVICE - {'nn'},
     'models': DEVICE,
-    'runner': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
+    'runner': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling', 'vl.mrope'},
     'executor': DEVICE | {'models', 'runner', 'engine.plan', 'engine.sampling'},
     'engine': {'executor.base'},
     'frontend': {'engine', 'executor.base', 'chat', 'grammar', 'tokenizer', 'vl'},

@@ -15,9 +15,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lmdeploy.engine.plan import Encode
+from lmdeploy.engine.plan import Encode, PictureRoom
 from lmdeploy.engine.request import ImageSpan, Request
-from lmdeploy.executor.base import PictureRoom
 
 
 @dataclass(slots=True)

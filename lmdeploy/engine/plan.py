@@ -22,6 +22,24 @@ PENDING = -1
 
 
 @dataclass(frozen=True, slots=True)
+class PictureRoom:
+    """What the device holds of pictures, and how fast it encodes them.
+
+    Attributes:
+        tokens: embeddings that it keeps.
+        patches: a tile costs so many as the tower computes positions for it; so many may be encoded per step while
+            texts are running, on average, that those keep their pace,
+        patches_alone: and so many in a step at most.
+        pictures: of so many pictures in a step at most; None: any number.
+    """
+
+    tokens: int
+    patches: int
+    patches_alone: int
+    pictures: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OpenSlot:
     """A request enters a slot of the runner (at admission, and again after a preemption).
 

@@ -18,9 +18,10 @@ from lmdeploy.config.vision import Layout
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.engine.fake import FakeExecutor, GuessingDrafter, next_token, score, with_pictures
 from lmdeploy.engine.intake import longest
+from lmdeploy.engine.plan import PictureRoom
 from lmdeploy.engine.request import Drafter, EngineInput, ImageSpan, TokenDelta
 from lmdeploy.engine.sampling import SamplingParams
-from lmdeploy.executor.base import Capacity, PictureRoom
+from lmdeploy.executor.base import Capacity
 
 VOCAB = 64
 STOPS = (3, 40)

@@ -6,25 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmdeploy.config.encoder import Pooling
-from lmdeploy.engine.plan import StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class PictureRoom:
-    """What the device holds of pictures, and how fast it encodes them.
-
-    Attributes:
-        tokens: embeddings that it keeps.
-        patches: a tile costs so many as the tower computes positions for it; so many may be encoded per step while
-            texts are running, on average, that those keep their pace,
-        patches_alone: and so many in a step at most.
-        pictures: of so many pictures in a step at most; None: any number.
-    """
-
-    tokens: int
-    patches: int
-    patches_alone: int
-    pictures: int | None = None
+from lmdeploy.engine.plan import PictureRoom, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)

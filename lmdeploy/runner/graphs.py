@@ -248,8 +248,9 @@ class GraphRunner:
         def step() -> None:
             token_ids, positions, kv_slots, kv_lens = decode_inputs(
                 packed, tables.blocks, tables.sampling.last_token, size)
+            turned = positions + tables.shift[packed[0]] if self.slots.mrope else positions
             batch = ForwardBatch(
-                token_ids=token_ids, positions=positions, kv_slots=kv_slots, query_start=query_start, kv_lens=kv_lens,
+                token_ids=token_ids, positions=turned, kv_slots=kv_slots, query_start=query_start, kv_lens=kv_lens,
                 block_table=tables.blocks, output_rows=output_rows, max_query=1, max_kv=max_kv, host_query_start=[],
                 host_kv_lens=[], table_rows=packed[0], num_decode=bucket, static=True)
             if self.device.type == 'cpu':  # nothing is recorded there, and its layers ask the host

@@ -45,6 +45,7 @@ class Launched:
         rows: how many rows the plan has.
         sampled: what was drawn; None: no row drew.
         failure: why no row of it ran.
+        lost: why its pictures were not encoded.
         logits, hidden: by plan row ``[positions, vocab]`` and ``[positions, hidden]``, float32 on the device.
     """
 
@@ -54,6 +55,7 @@ class Launched:
     logits: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     failure: str = ''
+    lost: str = ''
     _download: Download = field(default_factory=lambda: Download([]))
 
     def send(self, device: torch.device) -> Launched:
@@ -75,6 +77,7 @@ class Launched:
             status=np.zeros(self.rows, np.uint8),
             token_start=np.zeros(self.rows + 1, np.int32),
             tokens=np.zeros(0, np.int32),
+            lost=self.lost,
         )
         if self.failure:
             result.status[:] = NO_MEMORY

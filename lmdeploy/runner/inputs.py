@@ -52,7 +52,7 @@ def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
 
     device = slots.device
     (token_ids, positions_, query_start_, kv_lens_, table_, kv_slots_, output_rows, pending_, pending_slots) = upload(
-        device, np.maximum(plan.tokens, 0), positions, query_start, kv_lens, table, kv_slots, outputs.tokens, pending,
+        device, np.maximum(plan.tokens, 0), _turned(plan, slots, rows, positions), query_start, kv_lens, table, kv_slots, outputs.tokens, pending,
         plan.slots[rows[pending]],
     )
     token_ids = token_ids.int()
@@ -83,12 +83,13 @@ def _on_device(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np
     tokens, positions_, slot_of, query_start_, kv_lens_, row_slots, output_rows = send(
         slots.device, *(array.astype(np.int32, copy=False) for array in (
             plan.tokens, positions, plan.slots[rows], query_start, kv_lens, plan.slots, outputs.tokens)))
+    turned = _turned(plan, slots, rows, positions)
     at, size, blocks = slot_of.long(), slots.block_size, slots.tables.blocks
     block = blocks.view(-1)[at * blocks.shape[1] + positions_ // size]
     longer = np.flatnonzero(lengths != 1)
     batch = ForwardBatch(
         token_ids=torch.where(tokens < 0, slots.last_token[at], tokens),
-        positions=positions_,
+        positions=positions_ if turned is positions else send(slots.device, turned.astype(np.int32))[0],
         kv_slots=block.long() * size + positions_ % size,
         query_start=query_start_,
         kv_lens=kv_lens_,
@@ -104,6 +105,26 @@ def _on_device(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np
     if slots.device.type == 'cpu':
         batch.block_table, batch.table_rows = batch.tables(), torch.arange(plan.rows, dtype=torch.int32)
     return batch, outputs
+
+
+def _turned(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The positions by which queries and keys are turned: ``positions [T]`` but for prompts with pictures, of which they
+    have three rows ``[3, T]`` as long as there is one to come."""
+    if not slots.mrope:
+        return positions
+    turned = positions + slots.shift[plan.slots][rows]
+    ends = slots.turns_end[plan.slots]
+    inside = np.flatnonzero(plan.starts < ends)
+    if not len(inside):
+        return turned
+    turned = np.repeat(turned[None], 3, 0)
+    for row in inside.tolist():
+        first, start = int(plan.query_start[row]), int(plan.starts[row])
+        stop = min(int(plan.query_start[row + 1]) - first + start, int(ends[row]))
+        known = slots.turns[plan.slots[row]]
+        assert known is not None
+        turned[:, first : first + stop - start] = known[:, start:stop]
+    return turned
 
 
 def _outputs(plan: StepPlan, rows: np.ndarray, positions: np.ndarray, lengths: np.ndarray,

@@ -84,7 +84,8 @@ class MixedGraphs:
         slots, decodes = self.slots, leading_decodes(plan)
         chunks, tokens = plan.rows - decodes, plan.num_tokens - decodes
         if (chunks > CHUNKS or tokens > TOKENS[-1] or plan.masks is not None or plan.drafts.any()
-                or (plan.outputs == OUTPUT_ALL).any() or slots.odd[plan.slots].any()):
+                or (plan.outputs == OUTPUT_ALL).any() or slots.odd[plan.slots].any()
+                or (plan.starts < slots.turns_end[plan.slots]).any()):
             return None
         kind = Kind.GREEDY if slots.plain[plan.slots].all() else Kind.SAMPLED
         key = Key(self.decodes[bisect_left(self.decodes, decodes)], TOKENS[bisect_left(TOKENS, tokens)], kind)
@@ -184,8 +185,9 @@ class MixedGraphs:
         def step() -> None:
             token_ids, positions, kv_slots, row_slots, kv_lens, query_start, outputs, drawing, at = chunk_inputs(
                 by_token, by_row, starts, tables.blocks, tables.sampling.last_token, size)
+            turned = positions + tables.shift[by_token[2]] if self.slots.mrope else positions
             batch = ForwardBatch(
-                token_ids=token_ids, positions=positions, kv_slots=kv_slots, query_start=query_start, kv_lens=kv_lens,
+                token_ids=token_ids, positions=turned, kv_slots=kv_slots, query_start=query_start, kv_lens=kv_lens,
                 block_table=tables.blocks, output_rows=outputs, max_query=key.tokens, max_kv=max_kv,
                 host_query_start=[], host_kv_lens=[], table_rows=row_slots, num_decode=key.decodes, static=True)
             if self.device.type == 'cpu':  # nothing is recorded there, and its layers ask the host

@@ -24,6 +24,7 @@ from lmdeploy.engine.plan import OpenSlot
 from lmdeploy.engine.sampling import SamplingParams
 from lmdeploy.ops.slots import CHANGES, GENERATED, IN_PROMPT, MOST_SEEN, NO_END
 from lmdeploy.runner.tables import DeviceTables, send
+from lmdeploy.vl.mrope import GridSpan, mrope_positions
 
 # which positions' logits or hidden states a request wants to see
 ROWS_NONE, ROWS_GENERATION, ROWS_ALL = 0, 1, 2
@@ -71,11 +72,11 @@ class SlotExtras:
 class SlotTable:
     """Per-slot state of ``slots`` requests with at most ``session_len`` tokens each.
 
-    ``vocab_size`` given: with device tables.
+    ``vocab_size`` given: with device tables. With ``mrope`` positions have three rows (:mod:`lmdeploy.vl.mrope`).
     """
 
     def __init__(self, slots: int, session_len: int, block_size: int, device: torch.device,
-                 vocab_size: int | None = None) -> None:
+                 vocab_size: int | None = None, *, mrope: bool = False) -> None:
         self.size, self.session_len, self.block_size, self.device = slots, session_len, block_size, device
         self.tables = None if vocab_size is None else DeviceTables(slots, session_len, block_size, vocab_size, device)
         self.last_token = torch.zeros(slots, dtype=torch.int32, device=device) if self.tables is None else (
@@ -111,6 +112,11 @@ class SlotTable:
         self.logit_rows = np.zeros(slots, np.uint8)  # ROWS_NONE | ROWS_GENERATION | ROWS_ALL
         self.hidden_rows = np.zeros(slots, np.uint8)
         self.extras: list[SlotExtras | None] = [None] * slots
+        # positions of a prompt with pictures: in three rows up to the end of the last, then a difference from the place
+        self.mrope = mrope
+        self.turns: list[np.ndarray | None] = [None] * slots
+        self.turns_end = np.zeros(slots, np.int64)
+        self.shift = np.zeros(slots, np.int32)
 
     def open(self, request: OpenSlot) -> None:
         """Set the slot up for a request; its block table starts empty."""
@@ -137,6 +143,8 @@ class SlotTable:
                      or params.frequency_penalty != 0.0)
         looks_back = self.has_bad_sequences[slot] or self.has_processors[slot]
         self.keeps_history[slot] = looks_back or (penalised and self.tables is None)
+        if self.mrope:
+            self._turn(request)
         if self.keeps_history[slot]:
             end = min(self.session_len, request.prompt_len + params.max_new_tokens)
             self.reserve_history(max(len(tokens), end) + 1)
@@ -148,6 +156,14 @@ class SlotTable:
                 or self.hidden_rows[slot] != ROWS_NONE)
             self.plain[slot] = self.greedy[slot] and not penalised and not changes
             self._entered.append(request)
+
+    def _turn(self, request: OpenSlot) -> None:
+        slot, spans = request.slot, [GridSpan(*grid) for grid in request.grids]
+        end = spans[-1].stop if spans else 0
+        positions, shift = mrope_positions(end, spans)
+        self.turns[slot], self.turns_end[slot], self.shift[slot] = positions, end, shift
+        if self.tables is not None:
+            self.tables.shift[slot] = shift
 
     def flush(self) -> None:
         """Write the slots that were opened since the last time into the device tables."""

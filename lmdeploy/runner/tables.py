@@ -24,6 +24,7 @@ class DeviceTables:
 
     Attributes:
         blocks: ``[slots + 1, width] int32``: block tables, padded with the null block.
+        shift: ``[slots + 1] int32``: how far the rotary position of a token after all pictures is from its place.
         sampling: the rest.
     """
 
@@ -31,6 +32,7 @@ class DeviceTables:
         self.size, self.device = slots, device
         rows = slots + 1
         self.blocks = torch.zeros(rows, -(-session_len // block_size), dtype=torch.int32, device=device)
+        self.shift = torch.zeros(rows, dtype=torch.int32, device=device)
         self._scalars = torch.zeros(len(REALS) + len(INTEGERS), rows, dtype=torch.int32, device=device)
         self._changes = torch.zeros(3, rows, CHANGES, dtype=torch.int32, device=device)
         self._changes[0] = -1
