@@ -105,6 +105,7 @@ BLOCK_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
     'Q5_K': _q5_k,
     'Q6_K': _q6_k,
 }
+FOUR_BITS = frozenset({'Q4_0', 'Q4_1', 'Q4_K'})  # those that :func:`nibbles` takes apart
 BLOCK_SIZES = {name: (elements, nbytes) for name, elements, nbytes in TYPES.values()}
 
 
@@ -130,3 +131,27 @@ def dequantize(blocks: Tensor, dtype_name: str, dtype: torch.dtype = torch.float
     out = torch.empty(*blocks.shape[:-1], blocks.shape[-1] // nbytes * elements, dtype=dtype)
     dequantize_into(blocks.contiguous(), dtype_name, out)
     return out
+
+
+def nibbles(blocks: Tensor, dtype_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers in blocks of 4-bit codes: ``weight = code * scale - minimum``, for every 32 elements of a row.
+
+    Args:
+        blocks: ``[n, row_bytes] uint8``. dtype_name: one of :data:`FOUR_BITS`.
+
+    Returns:
+        codes ``[n, row] uint8`` from 0 to 15, scales and minima ``[n, row / 32] float32``.
+    """
+    rows = len(blocks)
+    blocks = blocks.reshape(-1, BLOCK_SIZES[dtype_name][1])
+    if dtype_name == 'Q4_K':
+        scales, minima = _scales_and_minima(blocks)
+        codes = _nibbles(blocks[:, 16:144].unflatten(1, (4, 32)))
+    elif dtype_name == 'Q4_1':
+        scales, minima = _half(blocks, 0), -_half(blocks, 2)
+        codes = _nibbles(blocks[:, None, 4:20])
+    else:
+        scales = _half(blocks, 0)
+        minima = 8 * scales
+        codes = _nibbles(blocks[:, None, 2:18])
+    return codes.reshape(rows, -1), scales.reshape(rows, -1), minima.reshape(rows, -1)

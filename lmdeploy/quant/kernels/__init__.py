@@ -5,7 +5,7 @@ Candidates are ordered; the first without a reason against it is taken. If all r
 
 from __future__ import annotations
 
-from lmdeploy.quant.kernels.base import GatedKernel, KernelCase, LinearKernel
+from lmdeploy.quant.kernels.base import GatedKernel, GatedTakesCodes, KernelCase, LinearKernel, TakesCodes
 from lmdeploy.quant.kernels.choice import (
     GATED,
     LINEAR,
@@ -31,6 +31,7 @@ __all__ = [
     'DequantisedGated',
     'GATED',
     'GatedKernel',
+    'GatedTakesCodes',
     'Int4',
     'Int4Inputs',
     'Int8',
@@ -48,6 +49,7 @@ __all__ = [
     'QuantisedPack',
     'ScaledGatedProduct',
     'ScaledProduct',
+    'TakesCodes',
     'choose_gated',
     'choose_kernel',
     'explain',

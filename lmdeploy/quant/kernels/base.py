@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lmdeploy.ops.quantize import CodesOf, TokenCodes
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
 from lmdeploy.quant.scheme import FLOAT8, QuantScheme, dense_scheme
@@ -61,6 +62,30 @@ class GatedKernel(Protocol):
     def pack(self, gate: LinearBundle, up: LinearBundle, case: KernelCase) -> Any: ...
 
     def apply(self, x: Tensor, packed: Any, activation: str) -> Tensor: ...
+
+
+@runtime_checkable
+class TakesCodes(Protocol):
+    """A linear kernel whose inputs may be quantised by what makes them, such as a norm."""
+
+    def takes(self, packed: Any) -> CodesOf | None:
+        """How it wants them; None: it quantises them itself."""
+
+    def apply_codes(self, x: TokenCodes, packed: Any, dtype: torch.dtype) -> Tensor:
+        """As ``apply``, the result in ``dtype``."""
+
+
+@runtime_checkable
+class GatedTakesCodes(Protocol):
+    """The same of gated layers, whose result may be quantised for the layer behind them."""
+
+    def takes(self, packed: Any) -> CodesOf | None: ...
+
+    def apply_codes(self, x: TokenCodes, packed: Any, activation: str, dtype: torch.dtype) -> Tensor: ...
+
+    def apply_to_codes(self, x: Tensor | TokenCodes, packed: Any, activation: str, dtype: torch.dtype,
+                       then: CodesOf) -> TokenCodes:  # fmt: skip
+        """As ``apply``, the result rounded to ``dtype`` and quantised as ``then`` says."""
 
 
 def dense_of(bundle: LinearBundle, case: KernelCase) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.linear import GATE_GROUP, interleave
 from lmdeploy.ops.packed_linear import CODES, WIDTH, PackedWeight, pack, packed_linear
-from lmdeploy.ops.quantize import TYPES, quantize_static, quantize_tokens
+from lmdeploy.ops.quantize import TYPES, CodesOf, TokenCodes, gate_mul_quantize, quantize_static, quantize_tokens
 from lmdeploy.ops.scaled_linear import ScaledWeight, scaled_linear
 from lmdeploy.ops.table import OpCase
 from lmdeploy.quant.bundle import LinearBundle
@@ -84,12 +84,13 @@ class ScaledLayer:
     group: int
     input_scale: Tensor | None
 
-    def __call__(self, x: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    def codes(self, x: Tensor) -> TokenCodes:
         if self.input_scale is not None:
-            codes, scales = quantize_static(x, self.kind, self.input_scale), self.input_scale.expand(len(x), 1)
-        else:
-            codes, scales = quantize_tokens(x, self.kind, self.group)
-        return scaled_linear(codes, scales, self.weight, activation, dtype)
+            return TokenCodes(quantize_static(x, self.kind, self.input_scale), self.input_scale.expand(len(x), 1))
+        return TokenCodes(*quantize_tokens(x, self.kind, self.group))
+
+    def takes(self) -> CodesOf | None:
+        return None if self.input_scale is not None else CodesOf(self.kind, self.group)
 
 
 class ScaledProduct:
@@ -104,10 +105,16 @@ class ScaledProduct:
         return _scaled(bundle, case)
 
     def apply(self, x: Tensor, packed: ScaledLayer) -> Tensor:
-        return packed(x, '', x.dtype)
+        return self.apply_codes(packed.codes(x), packed, x.dtype)
 
     def apply_float(self, x: Tensor, packed: ScaledLayer) -> Tensor:
-        return packed(x, '', torch.float32)
+        return self.apply_codes(packed.codes(x), packed, torch.float32)
+
+    def takes(self, packed: ScaledLayer) -> CodesOf | None:
+        return packed.takes()
+
+    def apply_codes(self, x: TokenCodes, packed: ScaledLayer, dtype: torch.dtype) -> Tensor:
+        return scaled_linear(*x, packed.weight, '', dtype)
 
     def rounds(self, case: KernelCase) -> bool:
         return False
@@ -125,7 +132,19 @@ class ScaledGatedProduct:
         return _scaled(interleaved(gate, up), case, gated=True)
 
     def apply(self, x: Tensor, packed: ScaledLayer, activation: str) -> Tensor:
-        return packed(x, activation, x.dtype)
+        return self.apply_codes(packed.codes(x), packed, activation, x.dtype)
+
+    def takes(self, packed: ScaledLayer) -> CodesOf | None:
+        return packed.takes()
+
+    def apply_codes(self, x: TokenCodes, packed: ScaledLayer, activation: str, dtype: torch.dtype) -> Tensor:
+        return scaled_linear(*x, packed.weight, activation, dtype)
+
+    def apply_to_codes(self, x: Tensor | TokenCodes, packed: ScaledLayer, activation: str, dtype: torch.dtype,
+                       then: CodesOf) -> TokenCodes:  # fmt: skip
+        x = x if isinstance(x, TokenCodes) else packed.codes(x)
+        both = scaled_linear(*x, replace(packed.weight, gated=False), '', dtype)
+        return TokenCodes(*gate_mul_quantize(both, activation, True, then.kind, then.group))
 
 
 def interleaved(gate: LinearBundle, up: LinearBundle) -> LinearBundle:
