@@ -15,6 +15,7 @@ from torch import Tensor
 from lmdeploy.attention.backend import AttentionCase, Rotation
 from lmdeploy.kv.cache import KVCache, KVLayer
 from lmdeploy.ops.devices import refuse_triton
+from lmdeploy.ops.kv_codes import rope_write_codes
 from lmdeploy.ops.rope import rope_write_kv
 from lmdeploy.runner.batch import ForwardBatch
 
@@ -83,13 +84,19 @@ class TritonPaged:
         from lmdeploy.ops.triton.paged_attention_decode import decode_attention
         from lmdeploy.ops.triton.paged_attention_prefill import prefill_attention
 
-        q = rope_write_kv(qkv, rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight, rotation.eps, layer.k,
-                          layer.v, batch.kv_slots)
+        plain = None
+        if layer.k_scales is None:
+            q = rope_write_kv(qkv, rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight, rotation.eps,
+                              layer.k, layer.v, batch.kv_slots)  # fmt: skip
+        else:
+            values = None if rotation.offset is None else rotation.offset.values
+            q, plain = rope_write_codes(qkv, rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight,
+                                        rotation.eps, values, layer, batch.kv_slots)  # fmt: skip
         out = torch.empty_like(q)
         plan: Division = batch.plan
         if plan.workspace is not None:
-            decode_attention(q, layer.k, layer.v, batch.block_table, batch.table_rows, batch.query_start,
-                             batch.kv_lens, plan.decodes[window], plan.workspace, out, scale, window)
+            decode_attention(q, layer, batch.block_table, batch.table_rows, batch.query_start, batch.kv_lens,
+                             plan.decodes[window], plan.workspace, out, scale, window, plain, rotation.offset)
         if plan.prompts is not None:
-            prefill_attention(q, layer.k, layer.v, batch.block_table, plan.prompts, out, scale, window)
+            prefill_attention(q, layer, batch.block_table, plan.prompts, out, scale, window, plain, rotation.offset)
         return out

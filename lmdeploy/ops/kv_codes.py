@@ -149,7 +149,7 @@ def store_codes(k: Tensor, v: Tensor, layer: KVLayer, slots: Tensor) -> None:
 @op
 def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
                      eps: float, offset: Tensor | None, layer: KVLayer,
-                     slots: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+                     slots: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Normalise (where there are weights) and rotate queries and keys; store keys and values as codes.
 
     Args:
@@ -161,8 +161,8 @@ def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | N
         slots: ``[T] int64``: block * block_size + offset.
 
     Returns:
-        The queries ``[T, heads, D]`` of qkv's dtype, as they meet an offset and as they meet the codes: the same
-        tensor for codes of 8 bits, transformed by :func:`hadamard` for codes of 4.
+        The queries ``[T, heads, D]`` of qkv's dtype as they meet the codes, which means transformed by
+        :func:`hadamard` where those are of 4 bits; and as they meet an offset, if there is one.
     """
     kv_heads = layer.k.shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
@@ -174,4 +174,5 @@ def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | N
     store_codes(rope.reference(k, cos, sin), v, layer, slots)
     turned = rope.reference(q, cos, sin)
     plain = turned.to(qkv.dtype)
-    return plain, plain if layer.k.shape[-1] == qkv.shape[-1] else hadamard(turned).to(qkv.dtype)
+    coded = plain if layer.k.shape[-1] == qkv.shape[-1] else hadamard(turned).to(qkv.dtype)
+    return coded, None if offset is None else plain

@@ -5,6 +5,7 @@ from lmdeploy.ops.triton import (
     embedding,
     gemm,
     hadamard,
+    kv_codes,
     logits,
     norm,
     quant_packed,
@@ -15,5 +16,5 @@ from lmdeploy.ops.triton import (
     step,
 )
 
-__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'logits', 'norm', 'quant_packed', 'quant_scaled', 'quantize',
-           'rope', 'sample', 'step']  # fmt: skip
+__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'logits', 'norm', 'quant_packed',
+           'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip

@@ -19,12 +19,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lmdeploy.kv.cache import KVLayer
+from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
 
 LOG2E = 1.4426950408889634
-TILE = 64  # keys per tile: a page, or a part of a longer one
 MOST_PER_SM = 4  # programs per multiprocessor
 
 
@@ -45,6 +46,10 @@ class DecodeConfig:
     fused: bool
     tma: bool = True
     least: int = 1
+    num_warps: int = 4
+    direct_k: bool = True
+    direct_v: bool = False
+    registers: int | None = None
 
 
 def config_of(dim: int, size: int, pairs: int) -> DecodeConfig:
@@ -219,12 +224,13 @@ def load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr,
 
 
 @triton.jit(do_not_specialize_on_alignment=('table_rows', 'query_start', 'kv_lens', 'shares'))
-def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_start, kv_lens, stretches, shares, sums,
-                   stats, counts, table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                   M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                   WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, FUSED: tl.constexpr,
-                   PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+def _decode_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, back, out, block_table, table_rows,
+                   query_start, kv_lens, stretches, shares, sums, stats, counts, table_stride, q_stride, scale,
+                   HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
+                   R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+                   STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
+                   ASM: tl.constexpr, DIRECT_K: tl.constexpr, DIRECT_V: tl.constexpr, FUSED: tl.constexpr,
+                   PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -240,9 +246,11 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
     token = tl.load(stretches + 7 * programs + p)
     base, extra = tl.load(shares), tl.load(shares + 1)
     m = tl.arange(0, M)
-    d = tl.arange(0, D_P)
     n = tl.arange(0, TILE)
-    inside = (m < GROUP)[:, None] & (d < D)[None, :]
+    COLUMNS: tl.constexpr = D // 2 if BITS == 4 else D  # of an accumulator; codes of 4 bits have one for each half
+    PADDED: tl.constexpr = D_P // 2 if BITS == 4 else D_P
+    column = tl.arange(0, PADDED)
+    inside = (m < GROUP)[:, None] & (column < COLUMNS)[None, :]
     at = begin
     while at < end:
         table = block_table + table_row.to(tl.int64) * table_stride
@@ -252,38 +260,53 @@ def _decode_kernel(q, k_pages, v_pages, out, block_table, table_rows, query_star
         tile_0 = seen // TILE
         count = (length + TILE - 1) // TILE - tile_0
         take = tl.minimum(count - skip, end - at)
-        q_row = q + token.to(tl.int64) * q_stride + head * (GROUP * D)
-        queries = tl.load(q_row + m[:, None] * D + d[None, :], mask=inside, other=0.0)
-        acc = tl.zeros([M, D_P], tl.float32)
-        top = tl.full([M], float('-inf'), tl.float32)
-        weight = tl.zeros([M], tl.float32)
-        for tile in tl.range(tile_0 + skip, tile_0 + skip + take, num_stages=STAGES):
-            block = tl.load(table + tile * TILE // BLOCK)
-            place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
-            k = load_tile(k_pages, place, D, D_P, TILE, TMA)
-            key = tile * TILE + n
-            hidden = key >= length
-            if WINDOW > 0:
-                hidden = hidden | (key < seen)
-            s = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
-            s = tl.where(hidden[None, :], float('-inf'), s)
-            new = tl.maximum(top, tl.max(s, 1))
-            e = tl.exp2(s - new[:, None])
-            old_scale = tl.exp2(top - new)
-            weight = weight * old_scale + tl.sum(e, 1)
-            acc = acc * old_scale[:, None]
-            v = load_tile(v_pages, place, D, D_P, TILE, TMA)
-            acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
-            top = new
+        q_rows = token.to(tl.int64) * q_stride + head * (GROUP * D) + m * D
+        if BITS > 0:
+            queries, upper, total = load_queries(q, q_rows, column, inside, D, PADDED, BITS)
+            plain, other = load_plain(q_plain, q_rows, m < GROUP, D, D_P if R > 0 else 1, R)
+            all_from = tile_0 + (seen % TILE > 0).to(tl.int32)
+            acc, acc_upper, top, weight = attend_codes(
+                queries, upper, total, plain, other, tl.zeros([M], tl.int32) + length - 1, tile_0 + skip,
+                tile_0 + skip + take, all_from, length // TILE, k_pages, v_pages, k_scales, v_scales, table, head,
+                within, back, scale, HEADS, D, PADDED, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA, BITS, OFFSET, ASM,
+                DIRECT_K, DIRECT_V, PRECISION)  # fmt: skip
+        else:
+            queries = tl.load(q + q_rows[:, None] + column[None, :], mask=inside, other=0.0)
+            acc = tl.zeros([M, D_P], tl.float32)
+            top = tl.full([M], float('-inf'), tl.float32)
+            weight = tl.zeros([M], tl.float32)
+            for tile in tl.range(tile_0 + skip, tile_0 + skip + take, num_stages=STAGES):
+                block = tl.load(table + tile * TILE // BLOCK)
+                place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
+                k = load_tile(k_pages, place, D, D_P, TILE, TMA)
+                key = tile * TILE + n
+                hidden = key >= length
+                if WINDOW > 0:
+                    hidden = hidden | (key < seen)
+                s = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
+                s = tl.where(hidden[None, :], float('-inf'), s)
+                new = tl.maximum(top, tl.max(s, 1))
+                e = tl.exp2(s - new[:, None])
+                old_scale = tl.exp2(top - new)
+                weight = weight * old_scale + tl.sum(e, 1)
+                acc = acc * old_scale[:, None]
+                v = load_tile(v_pages, place, D, D_P, TILE, TMA)
+                acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+                top = new
         out_row = out + (token.to(tl.int64) * HEADS + head) * (GROUP * D)
+        place_out = m[:, None] * D + column[None, :]
         if take == count:
-            tl.store(out_row + m[:, None] * D + d[None, :], (acc / weight[:, None]).to(out.dtype.element_ty),
-                     mask=inside)  # fmt: skip
+            tl.store(out_row + place_out, (acc / weight[:, None]).to(out.dtype.element_ty), mask=inside)
+            if BITS == 4:
+                tl.store(out_row + D // 2 + place_out, (acc_upper / weight[:, None]).to(out.dtype.element_ty),
+                         mask=inside)  # fmt: skip
         else:
             pair = at - skip  # the first tile of this (row, head) on the line
             slot = 2 * p + (pair >= begin).to(tl.int32)
             part = sums + slot * (GROUP * D)
-            tl.store(part + m[:, None] * D + d[None, :], acc, mask=inside)
+            tl.store(part + place_out, acc, mask=inside)
+            if BITS == 4:
+                tl.store(part + D // 2 + place_out, acc_upper, mask=inside)
             stat = stats + slot * (2 * GROUP)
             tl.store(stat + m, top, mask=m < GROUP)
             tl.store(stat + GROUP + m, weight, mask=m < GROUP)
@@ -361,36 +384,35 @@ def plan_decode(kv_lens: Tensor, query_start: Tensor, table_rows: Tensor, kv_hea
     return DecodePlan(stretches, merged, shares, config)
 
 
-def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, table_rows: Tensor,
-                     query_start: Tensor, kv_lens: Tensor, plan: DecodePlan, workspace: Workspace, out: Tensor,
-                     scale: float, window: int) -> None:  # fmt: skip
+def decode_attention(q: Tensor, layer: KVLayer, block_table: Tensor, table_rows: Tensor, query_start: Tensor,
+                     kv_lens: Tensor, plan: DecodePlan, workspace: Workspace, out: Tensor, scale: float, window: int,
+                     plain: Tensor | None = None, offset: KeyOffset | None = None) -> None:  # fmt: skip
     """Attention of rows with one query each: token ``query_start[i]`` is the last of row i's ``kv_lens[i]`` tokens.
 
     Args:
-        q: ``[T, heads, D]``, contiguous but for the first dimension.
-        k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
+        q: ``[T, heads, D]``, contiguous but for the first dimension; as it meets the codes, if the pages hold such.
+        layer: pages ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
         block_table: ``[N, W] int32``; row i's blocks are in row ``table_rows[i]``.
         query_start, kv_lens, table_rows: ``[B] int32`` or longer; a row of length 0 is left alone.
         plan: that of these rows and this window.
         out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
+        plain: the queries as they meet ``offset``, which is off the keys; of q's strides.
     """
     heads, dim = q.shape[1:]
-    kv_heads, block_size = k_pages.shape[1:3]
+    kv_heads, block_size = layer.k.shape[1:3]
     group, padded = heads // kv_heads, triton.next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
-    k, v = k_pages, v_pages
-    tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
-    if tma:
-        k, v = (TensorDescriptor(pages, [pages.numel() // dim, dim], [dim, 1], [TILE, padded])
-                for pages in (k_pages, v_pages))  # fmt: skip
-    width = min(triton.next_power_of_2(group * dim), 2048)
+    pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
+    merged = min(triton.next_power_of_2(group * dim), 2048)
     _decode_kernel[(plan.programs,)](
-        q, k, v, out, block_table, table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums,
-        workspace.stats, workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
-        GROUP=group, M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, BLOCK=block_size, TILE=TILE,
-        WINDOW=window, STAGES=config.num_stages, TMA=tma, FUSED=config.fused,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=width, CHUNK=max(2048 // width, 2), PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        q, plain, pages.k, pages.v, pages.k_scales, pages.v_scales, pages.within, pages.back, out, block_table,
+        table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums, workspace.stats,
+        workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group,
+        M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE,
+        WINDOW=window, STAGES=config.num_stages, TMA=pages.tma, BITS=pages.bits, OFFSET=offset is not None,
+        ASM=q.dtype == torch.bfloat16, DIRECT_K=config.direct_k, DIRECT_V=config.direct_v, FUSED=config.fused,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=merged, CHUNK=max(2048 // merged, 2),
+        PDL=pdl, num_warps=config.num_warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip
     if not config.fused:
         _merge_kernel[(plan.programs, group)](

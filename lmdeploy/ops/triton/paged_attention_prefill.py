@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lmdeploy.kv.cache import KVLayer
+from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
-from lmdeploy.ops.triton.paged_attention_decode import LOG2E, TILE, load_tile
+from lmdeploy.ops.triton.paged_attention_decode import LOG2E, load_tile
+from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,13 @@ def _hide(s, key, position, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _prefill_kernel(q, k_pages, v_pages, out, block_table, tiles, table_stride, q_stride, scale, HEADS: tl.constexpr,
-                    GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, BLOCK: tl.constexpr,
-                    TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-                    PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _prefill_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, back, out, block_table, tiles,
+                    table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+                    D: tl.constexpr, D_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                    WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr,
+                    OFFSET: tl.constexpr, ASM: tl.constexpr, DIRECT_K: tl.constexpr, DIRECT_V: tl.constexpr,
+                    PRECISION: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -101,18 +106,17 @@ def _prefill_kernel(q, k_pages, v_pages, out, block_table, tiles, table_stride, 
     table_row = tl.load(mine + 3 * number)
     if count > 0:
         table = block_table + table_row.to(tl.int64) * table_stride
+        COLUMNS: tl.constexpr = D // 2 if BITS == 4 else D  # of a sum; codes of 4 bits have one for each half
+        PADDED: tl.constexpr = D_P // 2 if BITS == 4 else D_P
         m = tl.arange(0, M)
-        d = tl.arange(0, D_P)
+        channel = tl.arange(0, PADDED)
         query = m // GROUP
         position = at + query
         ok = query < count
         token = first + query
         column = (head * GROUP + m % GROUP) * D
-        inside = ok[:, None] & (d < D)[None, :]
-        tile_q = tl.load(q + (token.to(tl.int64) * q_stride + column)[:, None] + d[None, :], mask=inside, other=0.0)
-        acc = tl.zeros([M, D_P], tl.float32)
-        top = tl.full([M], float('-inf'), tl.float32)
-        weight = tl.zeros([M], tl.float32)
+        inside = ok[:, None] & (channel < COLUMNS)[None, :]
+        q_rows = token.to(tl.int64) * q_stride + column
         # the tiles [low, high) are looked at; all queries of this tile see all keys of [all_from, all_to)
         last = at + count
         high = (last + TILE - 1) // TILE
@@ -122,26 +126,40 @@ def _prefill_kernel(q, k_pages, v_pages, out, block_table, tiles, table_stride, 
         if WINDOW > 0:
             low = tl.maximum(at + 1 - WINDOW, 0) // TILE
             all_from = (tl.maximum(last - WINDOW, 0) + TILE - 1) // TILE
-        n = tl.arange(0, TILE)
-        for tile in tl.range(low, high, num_stages=STAGES):
-            block = tl.load(table + tile * TILE // BLOCK)
-            place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
-            k = load_tile(k_pages, place, D, D_P, TILE, TMA)
-            s = tl.dot(tile_q, tl.trans(k), input_precision=PRECISION)
-            if (tile >= all_to) | (tile < all_from):
-                s = _hide(s, tile * TILE + n, position, WINDOW)
-            new = tl.maximum(top, tl.max(s, 1) * scale)
-            base = tl.where(new == float('-inf'), 0.0, new)  # a query that has seen no key yet
-            old_scale = tl.exp2(top - base)
-            e = tl.exp2(s * scale - base[:, None])
-            weight = weight * old_scale + tl.sum(e, 1)
-            acc = acc * old_scale[:, None]
-            v = load_tile(v_pages, place, D, D_P, TILE, TMA)
-            acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
-            top = new
-        result = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
-        tl.store(out + (token.to(tl.int64) * (HEADS * GROUP * D) + column)[:, None] + d[None, :],
-                 result.to(out.dtype.element_ty), mask=inside)  # fmt: skip
+        if BITS > 0:
+            tile_q, upper, total = load_queries(q, q_rows, channel, inside, D, PADDED, BITS)
+            plain, other = load_plain(q_plain, q_rows, ok, D, D_P if R > 0 else 1, R)
+            acc, acc_upper, top, weight = attend_codes(
+                tile_q, upper, total, plain, other, position, low, high, all_from, all_to, k_pages, v_pages, k_scales,
+                v_scales, table, head, within, back, scale, HEADS, D, PADDED, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA,
+                BITS, OFFSET, ASM, DIRECT_K, DIRECT_V, PRECISION)  # fmt: skip
+        else:
+            tile_q = tl.load(q + q_rows[:, None] + channel[None, :], mask=inside, other=0.0)
+            acc = tl.zeros([M, D_P], tl.float32)
+            top = tl.full([M], float('-inf'), tl.float32)
+            weight = tl.zeros([M], tl.float32)
+            n = tl.arange(0, TILE)
+            for tile in tl.range(low, high, num_stages=STAGES):
+                block = tl.load(table + tile * TILE // BLOCK)
+                place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
+                k = load_tile(k_pages, place, D, D_P, TILE, TMA)
+                s = tl.dot(tile_q, tl.trans(k), input_precision=PRECISION)
+                if (tile >= all_to) | (tile < all_from):
+                    s = _hide(s, tile * TILE + n, position, WINDOW)
+                new = tl.maximum(top, tl.max(s, 1) * scale)
+                base = tl.where(new == float('-inf'), 0.0, new)  # a query that has seen no key yet
+                old_scale = tl.exp2(top - base)
+                e = tl.exp2(s * scale - base[:, None])
+                weight = weight * old_scale + tl.sum(e, 1)
+                acc = acc * old_scale[:, None]
+                v = load_tile(v_pages, place, D, D_P, TILE, TMA)
+                acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+                top = new
+        whole = tl.where(weight == 0.0, 1.0, weight)[:, None]
+        out_at = out + (token.to(tl.int64) * (HEADS * GROUP * D) + column)[:, None] + channel[None, :]
+        tl.store(out_at, (acc / whole).to(out.dtype.element_ty), mask=inside)
+        if BITS == 4:
+            tl.store(out_at + D // 2, (acc_upper / whole).to(out.dtype.element_ty), mask=inside)
 
 
 def plan_prefill(query_start: Tensor, kv_lens: Tensor, table_rows: Tensor, first_row: int, rows: int, tokens: int,
@@ -163,28 +181,27 @@ def plan_prefill(query_start: Tensor, kv_lens: Tensor, table_rows: Tensor, first
     return PrefillPlan(tiles, config)
 
 
-def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, plan: PrefillPlan, out: Tensor,
-                      scale: float, window: int) -> None:  # fmt: skip
+def prefill_attention(q: Tensor, layer: KVLayer, block_table: Tensor, plan: PrefillPlan, out: Tensor, scale: float,
+                      window: int, plain: Tensor | None = None, offset: KeyOffset | None = None) -> None:  # fmt: skip
     """Causal attention of the rows of ``plan``.
 
     Args:
-        q: ``[T, heads, D]``, contiguous but for the first dimension.
-        k_pages, v_pages: ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
+        q: ``[T, heads, D]``, contiguous but for the first dimension; as it meets the codes, if the pages hold such.
+        layer: pages ``[blocks, kv_heads, block_size, D]``, contiguous; block_size is a multiple of 64.
         block_table: ``[N, W] int32``.
         out: ``[T, heads, D]``, contiguous; written at the rows' tokens.
+        plain: the queries as they meet ``offset``, which is off the keys; of q's strides.
     """
     heads, dim = q.shape[1:]
-    kv_heads, block_size = k_pages.shape[1:3]
+    kv_heads, block_size = layer.k.shape[1:3]
     group, padded = heads // kv_heads, triton.next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
-    k, v = k_pages, v_pages
-    tma = config.tma and dim * q.element_size() % 16 == 0  # what descriptors can describe
-    if tma:
-        k, v = (TensorDescriptor(plane, [plane.numel() // dim, dim], [dim, 1], [TILE, padded])
-                for plane in (k_pages, v_pages))  # fmt: skip
+    pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
     _prefill_kernel[(kv_heads, plan.tiles.shape[1])](
-        q, k, v, out, block_table, plan.tiles, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads,
-        GROUP=group, M=config.rows, D=dim, D_P=padded, BLOCK=block_size, TILE=TILE, WINDOW=window,
-        STAGES=config.num_stages, TMA=tma, PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        q, plain, pages.k, pages.v, pages.k_scales, pages.v_scales, pages.within, pages.back, out, block_table,
+        plan.tiles, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group, M=config.rows,
+        D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE, WINDOW=window, STAGES=config.num_stages,
+        TMA=pages.tma, BITS=pages.bits, OFFSET=offset is not None, ASM=q.dtype == torch.bfloat16, DIRECT_K=False,
+        DIRECT_V=False, PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps,
+        launch_pdl=pdl,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.paged_attention import paged_attention
 from lmdeploy.ops.triton.paged_attention_decode import DecodeConfig, decode_attention, make_workspace, plan_decode
 from lmdeploy.ops.triton.paged_attention_decode import config_of as decode_config
@@ -69,8 +70,8 @@ def decode(case, kv_heads, window, programs, config, lens=None):
     workspace = make_workspace(programs, case.q.shape[1] // kv_heads, case.q.shape[2], lens.device)
     for _ in range(2):
         case.out.fill_(float('nan'))
-        decode_attention(case.q, case.k, case.v, case.shuffled, case.rows, case.device_start, lens, plan, workspace,
-                         case.out, case.scale, window)  # fmt: skip
+        decode_attention(case.q, KVLayer(case.k, case.v), case.shuffled, case.rows, case.device_start, lens, plan,
+                         workspace, case.out, case.scale, window)  # fmt: skip
     assert not workspace.counts.any()
 
 
@@ -102,7 +103,7 @@ def prefill(case, first, kv_heads, window, config):
     """The rows from ``first`` on; the bound of tokens is a loose one."""
     plan = plan_prefill(case.device_start, case.device_lens, case.rows, first, len(case.lens) - first, case.q.shape[0],
                         case.q.shape[1] // kv_heads, config)
-    prefill_attention(case.q, case.k, case.v, case.shuffled, plan, case.out, case.scale, window)
+    prefill_attention(case.q, KVLayer(case.k, case.v), case.shuffled, plan, case.out, case.scale, window)
 
 
 PREFILL = [  # shape, launch parameters, window

@@ -54,6 +54,8 @@ def plane(tma: bool, dim: int) -> str:
 
 
 INDEX = dict.fromkeys(('block_table', 'table_rows', 'query_start', 'kv_lens'), '*i32')
+NUMBERS = dict.fromkeys(('q_plain', 'k_scales', 'v_scales', 'within', 'back')) | dict(
+    BITS=0, OFFSET=False, ASM=True, DIRECT_K=False, DIRECT_V=False)
 VALUES = {'q': '*bf16', 'out': '*bf16', 'table_stride': 'i32', 'q_stride': 'i32', 'scale': 'fp32'}
 
 
@@ -64,8 +66,9 @@ def test_decode(dim, pairs, tmp_path):
         decode._decode_kernel,
         INDEX | VALUES | dict.fromkeys(('stretches', 'shares', 'counts'), '*i32')
         | dict.fromkeys(('sums', 'stats'), '*fp32') | dict.fromkeys(('k_pages', 'v_pages'), plane(config.tma, dim)),
-        dict(HEADS=8, GROUP=4, M=16, D=dim, D_P=dim, BLOCK=64, TILE=64, WINDOW=0, STAGES=config.num_stages,
-             TMA=config.tma, FUSED=config.fused, PRECISION='tf32', WIDTH=4 * dim, CHUNK=4, PDL=True),
+        NUMBERS | dict(HEADS=8, GROUP=4, M=16, D=dim, D_P=dim, R=0, BLOCK=64, TILE=64, WINDOW=0,
+                       STAGES=config.num_stages, TMA=config.tma, FUSED=config.fused, PRECISION='tf32', WIDTH=4 * dim,
+                       CHUNK=4, PDL=True),
         num_warps=4)  # fmt: skip
     assert fits(binary, config.per_sm, tmp_path / 'decode.ptx')
     assert 'mma.sync' in binary.asm['ptx'] and ('cp.async.bulk.tensor' in binary.asm['ptx']) is config.tma
@@ -77,8 +80,8 @@ def test_prefill(tmp_path):
     binary = compiled(
         prefill._prefill_kernel,
         VALUES | {'block_table': '*i32', 'tiles': '*i32'} | dict.fromkeys(('k_pages', 'v_pages'), plane(True, 128)),
-        dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, BLOCK=64, TILE=64, WINDOW=0,
-             STAGES=config.num_stages, TMA=True, PRECISION='tf32', PDL=True),
+        NUMBERS | dict(HEADS=8, GROUP=4, M=config.rows, D=128, D_P=128, R=0, BLOCK=64, TILE=64, WINDOW=0,
+                       STAGES=config.num_stages, TMA=True, PRECISION='tf32', PDL=True),
         num_warps=config.num_warps)  # fmt: skip
     assert fits(binary, 2, tmp_path / 'prefill.ptx')
     assert 'wgmma.mma_async' in binary.asm['ptx']
