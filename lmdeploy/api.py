@@ -51,7 +51,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     from lmdeploy.config.encoder import refuse_encoder
     from lmdeploy.engine.client import ThreadClient
     from lmdeploy.engine.core import EngineCore
-    from lmdeploy.executor.local import LocalExecutor
+    from lmdeploy.executor.choice import make_executor
     from lmdeploy.frontend.frontend import AsyncFrontend
     from lmdeploy.hub.resolve import resolve
     from lmdeploy.pipe import Pipeline
@@ -64,7 +64,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     made_up = config.load_format == 'dummy'
     # every header is sound before anything else is read
     with nullcontext() if made_up else open_checkpoint(files.path) as checkpoint:
-        executor = LocalExecutor(config, files.path, checkpoint=checkpoint)
+        executor = make_executor(config, files.path, checkpoint=checkpoint)
         tokenizer = Tokenizer(str(files.path))
         template = resolve_template(str(files.path), tokenizer, chat_template_config)
 

@@ -20,7 +20,7 @@ from lmdeploy.bench.workload import Workload
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.errors import ConfigError
-from lmdeploy.executor.local import LocalExecutor
+from lmdeploy.executor.choice import make_executor
 from lmdeploy.runner.model_runner import choose_device
 
 WARM_REQUESTS, WARM_TOKENS = 8, 8
@@ -122,7 +122,7 @@ class Bench:
             raise ConfigError('LMD-591', longest=longest, most=config.session_len)
         begin = time.perf_counter()
         self.config, self.model = config, model
-        self.executor = LocalExecutor(config, path)
+        self.executor = make_executor(config, path)
         self.capacity = self.executor.start()
         self.core = EngineCore(self.executor, self.capacity, depth=config.depth_on(self.capacity.device),
                                prefix_caching=config.prefix_caching)

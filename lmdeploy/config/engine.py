@@ -13,7 +13,7 @@ class EngineConfig:
     device: str = 'auto'  # auto | cpu | cuda
     tp: int = 1
     runner: str = 'eager'  # graph | eager
-    executor: str = 'local'  # local | process | ray
+    executor: str = 'auto'  # auto: a process for each rank where there are several | local | process
     session_len: int | None = None
     max_batch_size: int | None = None
     cache_share: float = 0.8  # of the memory that is free after the weights

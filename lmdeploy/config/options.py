@@ -27,7 +27,7 @@ DTYPES = {'auto': 'auto', 'float16': 'float16', 'bfloat16': 'bfloat16', 'float32
           'fp16': 'float16', 'bf16': 'bfloat16', 'fp32': 'float32'}
 DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public default, means the best device there is
 LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
-EXECUTORS = {None: 'local', 'uni': 'local'}
+EXECUTORS = {None: 'auto', 'uni': 'local', 'mp': 'process'}
 QUANT_POLICIES = {0: 0, 8: 8, 4: 4}
 MODEL_FORMATS = {None: None, 'hf': 'hf'} | {method: method for method in METHODS}
 MAX_COUNT = 1 << 24  # no sane length, batch or block count is larger; keeps hostile numbers away from allocations
@@ -103,8 +103,6 @@ def _rope_factor(name: str, value: Any) -> dict[str, Any]:
 def _tp(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError('LMD-222', field=name, value=value, least=1, most=64)
-    if value > 1:
-        raise ConfigError('LMD-226', field=name, value=value)
     return {'tp': value}
 
 

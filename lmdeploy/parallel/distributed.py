@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,9 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, name:
         name: of the group within the store.
     """
     own = dist.PrefixStore(name, store)
-    backend: dist.ProcessGroupGloo | dist.ProcessGroupNCCL
+    backend: Any
     if device.type == 'cpu':
-        options = dist.ProcessGroupGloo._Options()
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         options._timeout = timedelta(seconds=MEET_SECONDS)
         backend = dist.ProcessGroupGloo(own, rank, size, options)
@@ -48,9 +49,9 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, name:
 
 
 class Distributed:
-    """A :class:`~lmdeploy.parallel.group.Transport` over one backend of torch.distributed."""
+    """A :class:`~lmdeploy.parallel.group.Transport` over one backend of torch.distributed, ``gloo`` or ``nccl``."""
 
-    def __init__(self, backend: dist.ProcessGroupGloo | dist.ProcessGroupNCCL, size: int) -> None:
+    def __init__(self, backend: Any, size: int) -> None:
         self._backend, self._size = backend, size
 
     def all_reduce(self, x: Tensor) -> Tensor:

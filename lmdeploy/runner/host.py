@@ -34,6 +34,11 @@ def limit_threads() -> int:
     return threads
 
 
+def divide_threads(ranks: int) -> None:
+    """Leave the other ranks of this machine their part of the processors."""
+    torch.set_num_threads(max(1, limit_threads() // ranks))
+
+
 def return_freed_memory() -> None:
     """Give heap memory that was freed back to the system, where the C library would rather keep it."""
     if sys.platform == 'linux':

@@ -407,18 +407,23 @@ class ModelRunner:
         return Launched(plan.step, plan.rows, failure=cause).send(self.device)
 
 
-def choose_device(name: str) -> torch.device:
-    """``'auto'``: the GPU if there is one.
+def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
+    """``'auto'``: the GPU if there is one. With several ranks each has its own, the one of its number.
 
     Raises:
-        ConfigError: LMD-206: it is not there.
+        ConfigError: LMD-206: it is not there; LMD-226: there are fewer than ranks.
     """
     present = torch.cuda.is_available()
     if name == 'cpu' or (name == 'auto' and not present):
         return torch.device('cpu')
     if not present:
         raise ConfigError('LMD-206', device=name, torch=torch.__version__)
-    return torch.device('cuda', torch.cuda.current_device())
+    if size == 1 and rank == 0:
+        return torch.device('cuda', torch.cuda.current_device())
+    if torch.cuda.device_count() < max(size, rank + 1):
+        raise ConfigError('LMD-226', value=size, devices=torch.cuda.device_count())
+    torch.cuda.set_device(rank)
+    return torch.device('cuda', rank)
 
 
 def choose_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:

@@ -95,4 +95,13 @@ TEXTS: dict[str, dict[str, str]] = {
               'killed usually ran out of memory.',
         'zh': '引擎进程在加载模型时结束：{cause}。详情见日志；被系统终止的进程通常是内存不足。',
     },
+    'LMD-362': {
+        'en': 'rank {rank} of the model has failed, and with it all requests: {cause}',
+        'zh': '模型的第 {rank} 个进程出错，所有请求随之失败：{cause}',
+    },
+    'LMD-363': {
+        'en': "distributed_executor_backend='uni' is one process, but tp={tp} needs one for each device. Leave it out, or "
+              "name 'mp'.",
+        'zh': "distributed_executor_backend='uni' 只用一个进程，而 tp={tp} 需要每个设备一个进程。请不要设置，或设为 'mp'。",
+    },
 }

@@ -29,8 +29,8 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': '引擎选项 {field}={value!r} 无效。请给出 0.0（关闭）或 1 到 1024 之间的倍数。',
     },
     'LMD-226': {
-        'en': 'engine option {field}={value!r}: this version runs on one device. Set {field}=1.',
-        'zh': '引擎选项 {field}={value!r}：此版本只在单个设备上运行。请设置 {field}=1。',
+        'en': 'tp={value} needs as many GPUs, but this machine has {devices}. Set tp to at most that.',
+        'zh': 'tp={value} 需要同样多的 GPU，但本机有 {devices} 个。请把 tp 设为不超过该数的值。',
     },
     'LMD-227': {
         'en': 'engine option {field}={value!r} is not supported by this version. Leave it at {default!r}.',
