@@ -51,13 +51,10 @@ class DecoderLayer:
     def __call__(self, x: Tensor, residual: Tensor | None, post: RMSNorm | None, tables: tuple[Tensor, Tensor],
                  kv: KVLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``x``, normalised by ``post``, is what the layer before adds to ``residual`` (None: x is the stream)."""
-        if residual is None:
-            x, residual = self.attention_norm(x), x
-        else:
-            x, residual = self.attention_norm.add(x, residual, post)
-        x = self.attention(x, tables, kv, batch)
-        x, residual = self.mlp_norm.add(x, residual, self.attention_post_norm)
-        return self.mlp(x), residual
+        normal, residual = self.attention_norm.for_layer(self.attention.qkv.takes, x, residual, post)
+        x = self.attention(normal, tables, kv, batch)
+        normal, residual = self.mlp_norm.for_layer(self.mlp.gate_up.takes, x, residual, self.attention_post_norm)
+        return self.mlp(normal), residual
 
     def check(self, prefix: Prefix, names: Names) -> None:
         """Refuse from headers alone linear layers that :meth:`load` cannot read."""

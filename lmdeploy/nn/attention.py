@@ -13,6 +13,7 @@ from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.nn.norm import RMSNorm
 from lmdeploy.ops.kv_codes import KeyOffset, Turns
+from lmdeploy.ops.quantize import TokenCodes
 from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
@@ -78,11 +79,13 @@ class Attention:
         values = bias[begin : begin + shape.kv_heads * shape.head_dim].float().view(shape.kv_heads, shape.head_dim)
         self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
 
-    def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: KVLayer, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Tensor | TokenCodes, tables: tuple[Tensor, Tensor], layer: KVLayer,
+                 batch: ForwardBatch) -> Tensor:  # fmt: skip
         """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
         shape = self.shape
-        qkv = self.qkv(x).view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        qkv = self.qkv(x)
+        qkv = qkv.view(qkv.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
         q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
         rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset)
         out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
-        return self.o(out.view(x.shape[0], -1))
+        return self.o(out.view(qkv.shape[0], -1))

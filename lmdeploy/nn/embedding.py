@@ -9,6 +9,7 @@ from torch import Tensor
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.ops.embedding import embed
+from lmdeploy.ops.quantize import TokenCodes
 from lmdeploy.parallel.group import Group
 from lmdeploy.parallel.split import Split
 from lmdeploy.quant.bundle import LinearBundle
@@ -66,10 +67,11 @@ class LMHead(Linear):
         self.put(LinearBundle(scheme, len(weight), embedding.hidden_size, weight=weight))
         self._table = weight if self._rounds else None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.apply_float(hidden)
+    def __call__(self, x: Tensor | TokenCodes) -> Tensor:
+        assert isinstance(x, Tensor)  # logits are worth exact hidden states
+        logits = self.apply_float(x)
         if self._table is not None:
-            logits = sharpen(logits, hidden, self._table)
+            logits = sharpen(logits, x, self._table)
         if self.build.group.size == 1:
             return logits
         return self.build.group.all_gather(logits)[:, : self.out_features[0]].contiguous()

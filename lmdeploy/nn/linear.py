@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lmdeploy.errors import LoadError
 from lmdeploy.nn.build import Build
+from lmdeploy.ops.quantize import CodesOf, TokenCodes
 from lmdeploy.parallel.group import Group
 from lmdeploy.parallel.split import Split
 from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.kernels import KernelCase, LinearKernel, choose_kernel
+from lmdeploy.quant.kernels import KernelCase, LinearKernel, TakesCodes, choose_kernel
 from lmdeploy.quant.rows import join
 from lmdeploy.quant.shard import slice_inputs, slice_outputs
 from lmdeploy.quant.transform import transformed, without_transform
@@ -42,6 +43,7 @@ class Linear:
         self._take: Tensor | None = None  # which of all ranks' inputs this one multiplies; None: its own
         self.kernel: LinearKernel | None = None
         self._packed: Any = None
+        self.takes: CodesOf | None = None  # how inputs may be quantised before they come here
         self.added: Tensor | None = None  # the bias that kernel and packed weights hold: a view for those who ask
         self._rounds = False  # what :meth:`apply_float` gives was rounded on its way
 
@@ -81,8 +83,15 @@ class Linear:
         self._apply = transformed(self.kernel.apply, bundle.input_transform)
         self._apply_float = transformed(self.kernel.apply_float, bundle.input_transform)
         self._rounds = self.kernel.rounds(case)
+        whole = self.shares is None or self.split is Split.OUT
+        if isinstance(self.kernel, TakesCodes) and whole and not bundle.input_transform:
+            self.takes = self.kernel.takes(self._packed)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | TokenCodes) -> Tensor:
+        """``[T, out]`` of ``x [T, in]``, which may be quantised as :attr:`takes` says."""
+        if isinstance(x, TokenCodes):
+            assert isinstance(self.kernel, TakesCodes)
+            return self.kernel.apply_codes(x, self._packed, self.build.dtype)
         if self.shares is None or self.split is Split.OUT:
             return self._apply(x, self._packed)
         if self._take is not None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, check_parts, read_bundle
+from lmdeploy.ops.quantize import CodesOf, TokenCodes
 from lmdeploy.parallel.split import Split, share_channels
 from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.kernels import GatedKernel, KernelCase, choose_gated
+from lmdeploy.quant.kernels import GatedKernel, GatedTakesCodes, KernelCase, choose_gated
 from lmdeploy.quant.shard import slice_outputs
 from lmdeploy.quant.transform import transformed, without_transform
 from lmdeploy.weights.checkpoint import Prefix
@@ -36,6 +37,7 @@ class GatedLinear:
         self.split, self.shares = Split.OUT, shares
         self.kernel: GatedKernel | None = None
         self._packed: Any = None
+        self.takes: CodesOf | None = None  # how inputs may be quantised before they come here
 
     def check(self, gate: Prefix, up: Prefix) -> None:
         """Refuse from headers alone what :meth:`load` cannot read; raises as :func:`check_parts`."""
@@ -58,8 +60,20 @@ class GatedLinear:
         self.kernel = choose_gated(case)
         self._packed = self.kernel.pack(without_transform(gate), without_transform(up), case)
         self._apply = transformed(self.kernel.apply, gate.input_transform)
+        if isinstance(self.kernel, GatedTakesCodes) and not gate.input_transform:
+            self.takes = self.kernel.takes(self._packed)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | TokenCodes, then: CodesOf | None = None) -> Tensor | TokenCodes:
+        """``[T, out]`` of ``x [T, in]``, which may be quantised as :attr:`takes` says; where x may be, the result is
+        quantised for the layer behind this one as ``then`` says."""
+        if self.takes is None or not isinstance(self.kernel, GatedTakesCodes):
+            assert isinstance(x, Tensor)
+            return self._apply(x, self._packed, self.activation)
+        dtype = self.build.dtype
+        if then is not None:
+            return self.kernel.apply_to_codes(x, self._packed, self.activation, dtype, then)
+        if isinstance(x, TokenCodes):
+            return self.kernel.apply_codes(x, self._packed, self.activation, dtype)
         return self._apply(x, self._packed, self.activation)
 
 
@@ -73,8 +87,8 @@ class GatedMLP:
         self.gate_up = GatedLinear(build, hidden_size, intermediate_size, activation, bias, shares)
         self.down = Linear(build, intermediate_size, (hidden_size,), bias, Split.IN, shares)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up(x))
+    def __call__(self, x: Tensor | TokenCodes) -> Tensor:
+        return self.down(self.gate_up(x, self.down.takes))
 
 
 class MLP:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
+from lmdeploy.ops.quantize import CodesOf, TokenCodes, add_rms_norm_quantize, rms_norm_quantize
 from lmdeploy.weights.checkpoint import Prefix
 
 
@@ -33,6 +34,18 @@ class RMSNorm:
         if post is None:
             return add_rms_norm(x, residual, self.weight, self.eps)
         return norm_add_rms_norm(x, residual, post.weight, self.weight, self.eps)
+
+    def for_layer(self, takes: CodesOf | None, x: Tensor, residual: Tensor | None = None,
+                  post: RMSNorm | None = None) -> tuple[Tensor | TokenCodes, Tensor]:  # fmt: skip
+        """As :meth:`add`, for a layer that wants its inputs as ``takes`` says; without ``residual``, x is the sum."""
+        if residual is None:
+            if takes is None:
+                return self(x), x
+            return TokenCodes(*rms_norm_quantize(x, self.weight, self.eps, takes.kind, takes.group)), x
+        if takes is None or post is not None:
+            return self.add(x, residual, post)
+        *codes, total = add_rms_norm_quantize(x, residual, self.weight, self.eps, takes.kind, takes.group)
+        return TokenCodes(*codes), total
 
 
 class LayerNorm:

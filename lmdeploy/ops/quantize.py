@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,21 @@ INT8_EPS = 1e-7  # the smallest magnitude that a token's largest counts as
 FLOAT8_FLOOR = 1 / 512  # of float8: the same, in units of the largest code
 LARGEST = {'int8': 127.0, 'float8_e4m3fn': 448.0, 'float8_e5m2': 57344.0}
 TYPES = {'int8': torch.int8, 'float8_e4m3fn': torch.float8_e4m3fn, 'float8_e5m2': torch.float8_e5m2}
+
+
+class TokenCodes(NamedTuple):
+    """A layer's inputs, quantised by :func:`quantize_tokens`: codes ``[T, in]``, scales ``[T, groups] float32``."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CodesOf:
+    """How a layer wants its inputs quantised: the arguments of :func:`quantize_tokens`."""
+
+    kind: str
+    group: int
 
 
 @op
