@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lmdeploy.config.quantization import Storage
 from lmdeploy.lite.recipe import Effort, Fitted, Need, Recipe, Site, SiteName, SiteReport, SiteStatistics
-from lmdeploy.lite.rounding import bundle_of, codes_of, make_grid, output_loss, rounded, sketch, values_of
+from lmdeploy.lite.rounding import bundle_of, codes_of, make_grid, output_loss, rounded, sketch
 
 WIDTH = 256  # columns of a sketch
+ROWS = 512  # of a weight, about, on which scales are tried
 RATIOS = tuple(i / 10 for i in range(1, 10))
 STEPS: dict[Effort, tuple[float, ...]] = {'fast': (), 'normal': (0.05, 0.025), 'high': (0.05, 0.025, 0.0125)}
 SHRINKS: dict[Effort, tuple[float, ...]] = {
@@ -64,12 +65,13 @@ class AWQ(Recipe):
             return _scale(site, statistics.absmax, share, 0.5, 0.5)
         assert statistics.sample is not None
         inputs = sketch(statistics.sample, WIDTH, site.layer)
+        some = weight[:: max(1, len(weight) // ROWS)]
 
         def trial(ratio: float, duo: bool) -> tuple[float, Tensor]:
             scale = _scale(site, statistics.absmean, share, ratio, 1 - ratio if duo else 0.0)
-            return float(self._error(weight, scale[site.tie], inputs)), scale
+            return self._error(some, scale[site.tie], inputs), scale
 
-        best, kept, at = float(((rounded(weight, self.form) - weight) @ inputs).square().sum()), None, (0.0, True)
+        best, kept, at = self._error(some, torch.ones_like(statistics.absmean), inputs), None, (0.0, True)
         for duo in (True, False):
             for ratio in RATIOS:
                 error, scale = trial(ratio, duo)
@@ -94,19 +96,17 @@ class AWQ(Recipe):
 
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
         weight = site.weight
-        baseline = self._plain_loss(weight, statistics)
+        loss = baseline = self._plain_loss(weight, statistics)
         shrink = self._ranges(site, statistics) if self.smooth and self.search else None
-        if shrink is not None and output_loss(rounded(weight, self.form, shrink) - weight, weight,
-                                              statistics) >= baseline:  # fmt: skip
-            shrink = None
-        grid = make_grid(weight, self.form, shrink)
-        codes = codes_of(weight, grid)
-        loss = output_loss(values_of(codes, grid) - weight, weight, statistics)
+        if shrink is not None:
+            loss = output_loss(rounded(weight, self.form, shrink) - weight, weight, statistics)
+            if loss >= baseline:
+                loss, shrink = baseline, None
         bundles, start = {}, 0
         for linear in site.linears:
             part = slice(start, start + linear.weight.shape[0])
-            piece = make_grid(linear.weight, self.form, None if shrink is None else shrink[part])
-            bundles[linear.role] = bundle_of(codes[part], piece)
+            grid = make_grid(linear.weight, self.form, None if shrink is None else shrink[part])
+            bundles[linear.role] = bundle_of(codes_of(linear.weight, grid), grid)
             start = part.stop
         if shrink is not None:
             site.notes['narrowed'] = round(float((shrink < 1).float().mean()), 3)
@@ -115,8 +115,8 @@ class AWQ(Recipe):
     def _plain_loss(self, weight: Tensor, statistics: SiteStatistics) -> float:
         return output_loss(rounded(weight, self.form) - weight, weight, statistics)
 
-    def _error(self, weight: Tensor, spread: Tensor, inputs: Tensor) -> Tensor:
-        return ((rounded(weight * spread, self.form) / spread - weight) @ inputs).square().sum()
+    def _error(self, weight: Tensor, spread: Tensor, inputs: Tensor) -> float:
+        return float(((rounded(weight * spread, self.form) / spread - weight) @ inputs).square_().sum())
 
     def _ranges(self, site: Site, statistics: SiteStatistics) -> Tensor | None:
         """``[out, groups]``: by how much the range of every group is narrowed; None where nothing is tried."""

@@ -139,6 +139,7 @@ class SiteStatistics:
         sample: ``[n, in]``, n up to SAMPLE tokens, evenly spaced over all; None unless the recipe needs it.
         cross: ``[in, in]``: the mean of ``(x_float - x) xT``, x_float being what the unquantised model would have given
             here; None unless the recipe needs it.
+        energy: of the site's outputs, once it is known: scales leave it as it is; 0: not yet.
     """
 
     tokens: int
@@ -147,6 +148,7 @@ class SiteStatistics:
     hessian: Tensor | None = None
     sample: Tensor | None = None
     cross: Tensor | None = None
+    energy: float = 0.0
 
     @property
     def outlier(self) -> float:

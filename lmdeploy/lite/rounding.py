@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lmdeploy.config.quantization import Storage
-from lmdeploy.lite.recipe import SiteStatistics, relative_loss
+from lmdeploy.lite.recipe import SiteStatistics
 from lmdeploy.ops.quantize import LARGEST
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.formats.base import scheme_of
 from lmdeploy.quant.rounding import LEAST_SCALE
 
+LOSS_TOKENS = 1024  # of a sample
 SCALES = torch.float16  # of integer codes in groups, as they are stored
 
 
@@ -94,13 +95,17 @@ def bundle_of(codes: Tensor, grid: Grid) -> LinearBundle:
 
 
 def output_loss(delta: Tensor, weight: Tensor, statistics: SiteStatistics) -> float:
-    """``E|delta x|^2 / E|weight x|^2`` over all tokens, by the hessian if there is one, else over the sample."""
-    if statistics.hessian is not None:
-        return relative_loss(delta, weight, statistics.hessian)
-    assert statistics.sample is not None
-    error = (statistics.sample @ delta.t()).square().sum(dtype=torch.float64)
-    energy = (statistics.sample @ weight.t()).square().sum(dtype=torch.float64)
-    return float(error / energy.clamp(min=1e-30))
+    """``E|delta x|^2 / E|weight x|^2``: by the hessian if there is one, else over LOSS_TOKENS tokens of the sample."""
+    hessian, sample = statistics.hessian, statistics.sample
+    if hessian is not None:
+        if not statistics.energy:
+            statistics.energy = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+        return float(((delta @ hessian) * delta).sum(dtype=torch.float64)) / max(statistics.energy, 1e-30)
+    assert sample is not None
+    sample = sample[:: max(1, len(sample) // LOSS_TOKENS)]
+    if not statistics.energy:
+        statistics.energy = float((sample @ weight.t()).square_().sum(dtype=torch.float64))
+    return float((sample @ delta.t()).square_().sum(dtype=torch.float64)) / max(statistics.energy, 1e-30)
 
 
 def sketch(sample: Tensor, width: int, seed: int) -> Tensor:
