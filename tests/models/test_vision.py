@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor
 from lmdeploy.config.quantization import read_quantization
 from lmdeploy.models.internvl import pixel_shuffle
 from lmdeploy.models.shapes import tensor_shapes
+from lmdeploy.models.vision.encoder import build_encoder
+from lmdeploy.nn.build import Build
+from lmdeploy.parallel.group import Group
 from lmdeploy.quant.formats.awq import AWQFormat
 from lmdeploy.quant.rounding import round_weight
 from lmdeploy.weights.checkpoint import open_checkpoint
@@ -240,3 +246,47 @@ def test_pixel_shuffle_of_both_versions():
             for j in range(side // merge):
                 block = grid[:, merge * i : merge * i + merge, merge * j : merge * j + merge].reshape(2, -1)
                 assert torch.equal(found[:, j, i] if transposed else found[:, i, j], block)
+
+
+class Pair:
+    """Two ranks as threads of one process; implements :class:`lmdeploy.parallel.group.Transport`."""
+
+    def __init__(self) -> None:
+        self.barrier, self.given = threading.Barrier(2, timeout=60), {}
+
+    def rank(self, rank: int) -> Any:
+        pair = self
+
+        class Transport:
+            def all_gather(self, x: Tensor) -> Tensor:
+                pair.given[rank] = x.clone()
+                pair.barrier.wait()
+                both = torch.stack([pair.given[0], pair.given[1]])
+                pair.barrier.wait()
+                return both
+
+            def all_reduce(self, x: Tensor) -> Tensor:
+                return self.all_gather(x).sum(0)
+
+            def broadcast(self, x: Tensor, source: int) -> Tensor:
+                return self.all_gather(x)[source]
+
+        return Transport()
+
+
+@pytest.mark.parametrize('name', ['internvl', 'internvl-chat-6b', 'llava', 'qwen2-vl', 'qwen2.5-vl'])
+def test_two_ranks_give_what_one_gives(family, name):
+    vision, _ = family(name)
+    pixels = [torch.from_numpy(vision.processor.process(picture(*size)).pixels) for size in ((150, 70), (60, 130))]
+    pair = Pair()
+
+    def encode(rank: int) -> list[Tensor]:
+        encoder = build_encoder(vision.config, Build(group=Group(rank, 2, pair.rank(rank), torch.device('cpu'))))
+        with open_checkpoint(vision.folder) as checkpoint, torch.no_grad():
+            encoder.load(checkpoint.prefix())
+        return encoder(pixels)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(encode, range(2)):
+            for ours, wanted in zip(found, vision.encoder(pixels)):
+                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)

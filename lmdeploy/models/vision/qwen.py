@@ -16,13 +16,12 @@ from torch import Tensor
 
 from lmdeploy.config.rope import RopeConfig
 from lmdeploy.config.vision import TowerConfig
-from lmdeploy.models.vision.vit import norm, patch_bundle
+from lmdeploy.models.vision.vit import attention_linears, norm, patch_bundle
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, read_bundle
 from lmdeploy.nn.mlp import MLP, GatedMLP
 from lmdeploy.nn.rotary import inverse_frequencies
 from lmdeploy.ops.rope import rope
-from lmdeploy.parallel.split import Split
 from lmdeploy.weights.checkpoint import Prefix
 
 THETA = 10000.0
@@ -77,10 +76,8 @@ class Layer:
 
     def __init__(self, tower: TowerConfig, build: Build) -> None:
         hidden, inner = tower.hidden_size, tower.intermediate_size
-        self.heads, self.gated = tower.num_heads, tower.kind == 'qwen2_5'
-        self.qkv = Linear(build, hidden, (hidden,) * 3, True, Split.OUT)
-        self.o = Linear(build, hidden, (hidden,), True, Split.IN)
-        self.mlp = GatedMLP(build, hidden, inner, tower.activation, True) if self.gated else MLP(
+        self.heads, self.qkv, self.o = attention_linears(tower, build)
+        self.mlp = GatedMLP(build, hidden, inner, tower.activation, True) if tower.kind == 'qwen2_5' else MLP(
             build, hidden, inner, tower.activation)
         self.norms = norm(tower, build), norm(tower, build)
 
@@ -104,7 +101,7 @@ class Layer:
         qk = rope(qk, *patches.tables).to(x.dtype)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         attend = _in_windows if windowed and patches.windows is not None else _in_pictures
-        x = x + self.o(attend(q, k, v, patches).reshape(x.shape))
+        x = x + self.o(attend(q, k, v, patches).flatten(1))
         return x + self.mlp(self.norms[1](x))
 
 

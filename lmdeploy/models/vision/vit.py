@@ -20,6 +20,7 @@ from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, read_bundle
 from lmdeploy.nn.mlp import MLP
 from lmdeploy.nn.norm import LayerNorm, RMSNorm
+from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import Split
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.scheme import dense_scheme
@@ -69,9 +70,8 @@ class Layer:
 
     def __init__(self, tower: TowerConfig, names: TowerNames, build: Build) -> None:
         hidden = tower.hidden_size
-        self.names, self.heads = names, tower.num_heads
-        self.qkv = Linear(build, hidden, (hidden,) * 3, tower.qkv_bias, Split.OUT)
-        self.o = Linear(build, hidden, (hidden,), True, Split.IN)
+        self.names = names
+        self.heads, self.qkv, self.o = attention_linears(tower, build)
         self.mlp = MLP(build, hidden, tower.intermediate_size, tower.activation)
         self.norms = tuple(norm(tower, build) for _ in range(2))
         self.qk_norms = tuple(RMSNorm(build, hidden, tower.norm_eps) for _ in range(2)) if tower.qk_norm else ()
@@ -105,6 +105,22 @@ class Layer:
 
     def _add(self, x: Tensor, y: Tensor, half: int) -> Tensor:
         return torch.addcmul(x, y, self.scales[half]) if self.scales else x + y
+
+
+def attention_linears(tower: TowerConfig, build: Build) -> tuple[int, Linear, Linear]:
+    """This rank's number of heads, and the linear layers before and behind them.
+
+    A norm over all heads together needs them all: then every rank computes the whole attention.
+    """
+    hidden, size = tower.hidden_size, 1 if tower.qk_norm else build.group.size
+    dim = hidden // tower.num_heads
+    heads = [share_heads(tower.num_heads, tower.num_heads, rank, size) for rank in range(size)]
+    queries = [channels(one.queries, dim) for one in heads]
+    keys = [channels(one.keys, dim) for one in heads]
+    parts = [torch.cat((own, hidden + key, 2 * hidden + key)) for own, key in zip(queries, keys)]
+    qkv = Linear(build, hidden, (hidden,) * 3, tower.qkv_bias, Split.OUT, parts if size > 1 else None)
+    o = Linear(build, hidden, (hidden,), True, Split.IN, queries if size > 1 else None)
+    return len(heads[build.group.rank if size > 1 else 0].queries), qkv, o
 
 
 class ViT:
