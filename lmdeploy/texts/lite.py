@@ -97,6 +97,11 @@ NOTES: dict[str, dict[str, str]] = {
               'see (--calib-dataset FILE) gives a better result.',
         'zh': '这是 lmdeploy 自带的少量文本，仅作最后的手段：使用与实际场景相近的文本（--calib-dataset FILE）效果更好。',
     },
+    'lite two bits': {
+        'en': 'With 2 bits a model of less than about 7B parameters is hardly usable, whatever the method; the report '
+              'will say how much is lost.',
+        'zh': '无论采用何种方法，参数量小于约 7B 的模型在 2 位下几乎不可用；报告会给出损失的程度。',
+    },
     'lite report': {
         'en': 'The report is {folder}/quant_report.html. Try the model:',
         'zh': '报告位于 {folder}/quant_report.html。试用模型：',
