@@ -176,8 +176,10 @@ class Bench:
         return sorted(found, key=lambda one: one.seconds)
 
     def _cost(self) -> ModelCost:
-        width = self.executor.dtype.itemsize
-        return ModelCost.of(self.executor.model_config, weight_bytes=width, kv_bytes=width)
+        config, capacity = self.executor.model_config, self.capacity
+        numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # of a token
+        cached = capacity.kv_bytes / ((capacity.num_blocks + 1) * capacity.block_size * numbers)
+        return ModelCost.of(config, weight_bytes=self.executor.dtype.itemsize, kv_bytes=cached)
 
     def _report(self, name: str, load: Workload, seed: int, concurrency: int, found: list[Round], cost: ModelCost,
                 roof: Roof, bound: Bound) -> OfflineReport:  # fmt: skip

@@ -7,7 +7,7 @@ kernels and the backend that it would choose, and not as ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from lmdeploy.attention.backend import AttentionCase, Rotation, choose
 from lmdeploy.bench.device import Call
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.kv.cache import PAGE, KVCache, KVShape
+from lmdeploy.kv.format import format_of
 from lmdeploy.ops.sample import uniforms
 from lmdeploy.ops.table import Op, OpCase, registered
 from lmdeploy.quant.bundle import LinearBundle
@@ -183,6 +184,21 @@ def _rope_write_kv(bench: Bench, name: str) -> Work:
     return str(list(shape)), 2 * shape[0] * shape[1] * shape[2] * bench.dtype.itemsize, 0.0, make
 
 
+def _rope_write_codes(bench: Bench, name: str) -> Work:
+    """Codes of 4 bits, with their transform."""
+    op, config = registered(bench.device.type)[name], bench.config
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    cos, sin = _rotation(bench, bench.rows)
+
+    def make() -> Call:
+        qkv, slots = bench.random(bench.rows, heads + 2 * kv_heads, dim), _pages(bench)[2]
+        kv = KVCache(KVShape(1, kv_heads, dim, 4), -(-bench.rows // PAGE), PAGE, bench.dtype, bench.device)
+        return lambda: op(qkv, cos, sin, None, None, config.rms_norm_eps, None, kv.layer(0), slots)
+
+    moved = (2 * heads + 2 * kv_heads) * dim * bench.dtype.itemsize + kv_heads * (dim + 8)
+    return str([bench.rows, heads + 2 * kv_heads, dim]), bench.rows * moved, 0.0, make
+
+
 def _logits(bench: Bench, name: str) -> Work:
     """Ops that take logits and perhaps something more."""
     op, shape = registered(bench.device.type)[name], (bench.rows, bench.config.vocab_size)
@@ -256,7 +272,7 @@ def _keep_results(bench: Bench, name: str) -> Work:
 OPS: dict[str, Callable[[Bench, str], Work]] = {
     'rms_norm': _norm, 'add_rms_norm': _norm, 'norm_add_rms_norm': _norm, 'silu_mul': _activation,
     'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
-    'rope_write_kv': _rope_write_kv, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
+    'rope_write_kv': _rope_write_kv, 'rope_write_codes': _rope_write_codes, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
     'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
     'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results, 'hadamard': _hadamard,
 }
@@ -327,23 +343,29 @@ def _gated(bench: Bench, hidden: int, inner: int) -> Probe:
 
 
 def attention(bench: Bench) -> Iterator[Probe]:
-    """The backend that the model would choose, rotation and cache write included: a decode step, and one prompt."""
-    for name, queries in (('attention decode', [1] * bench.rows), ('attention prompt', [bench.context])):
-        if bench.only in name:
-            yield _attention(bench, name, queries)
+    """The backend that the model would choose, rotation and cache write included: a decode step, and one prompt; over a
+    cache of numbers, and of codes of 8 and 4 bits."""
+    for bits in (0, 8, 4):
+        for name, queries in (('attention decode', [1] * bench.rows), ('attention prompt', [bench.context])):
+            name += f' int{bits}' if bits else ''
+            if bench.only in name:
+                yield _attention(bench, name, queries, bits)
 
 
-def _attention(bench: Bench, name: str, queries: list[int]) -> Probe:
+def _attention(bench: Bench, name: str, queries: list[int], bits: int) -> Probe:
     config, context = bench.config, bench.context
-    case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim)
+    case = AttentionCase(config.num_heads, config.num_kv_heads, config.head_dim, bits=bits)
     backend = choose(bench.device, bench.dtype, case)
     per_row, rows, tokens = -(-context // PAGE), len(queries), sum(queries)
-    cached = 2 * rows * context * config.num_kv_heads * config.head_dim * bench.dtype.itemsize
+    one = KVShape(1, config.num_kv_heads, config.head_dim, bits)
+    cached = rows * context * one.bytes_per_block(PAGE, format_of(bits, bench.dtype)) // PAGE
     layers = bench.copies(cached)
-    kv = KVCache(KVShape(layers, config.num_kv_heads, config.head_dim), rows * per_row, PAGE, bench.dtype, bench.device)
+    kv = KVCache(replace(one, num_layers=layers), rows * per_row, PAGE, bench.dtype, bench.device)
     for layer in map(kv.layer, range(layers)):  # zeros are multiplied faster
-        layer.k.normal_()
-        layer.v.normal_()
+        for pages in (layer.k, layer.v):
+            pages.random_(-128, 128) if bits else pages.normal_()
+        for scales in layer.scales if bits else ():
+            scales.uniform_(0.01, 0.02)
     batch = _batch(bench, queries, per_row)
     batch.plan = backend.prepare(case, batch, kv)
     cos, sin = _rotation(bench, tokens)

@@ -53,7 +53,10 @@ def test_products_count_their_weights():
 
 
 def test_attention_counts_the_pairs_that_are_seen():
-    decode, prompt = probes.attention(BENCH)
+    decode, prompt, *codes = probes.attention(BENCH)
+    assert [probe.name.removeprefix('attention ') for probe in codes] == [
+        'decode int8', 'prompt int8', 'decode int4', 'prompt int4']
+    assert all(probe.calls[0]().shape[1:] == (4, 8) and probe.bytes < decode.bytes for probe in codes[::2])
     assert decode.flops == 4 * (5 * 70) * 32 and prompt.flops == 4 * (70 * 71 / 2) * 32
     assert decode.calls[0]().shape == (5, 4, 8) and prompt.calls[0]().shape == (70, 4, 8)
     assert decode.implementation == 'cpu_spans'
