@@ -77,6 +77,8 @@ def _outline(value: Any, arrays: list[Any]) -> Any:
 
 def _value(outline: Any, data: memoryview, at: list[int]) -> Any:
     """The value of an outline; ``at`` is how much of ``data`` is used up."""
+    if isinstance(outline, dict):
+        raise ValueError('a mapping')
     if not isinstance(outline, list):
         return outline
     kind, *rest = outline

@@ -131,7 +131,7 @@ class ModelRunner:
         with self._stage('KV cache', free):
             self.kv = KVCache(self.model.kv_shape, self.plan.num_blocks, self.engine.block_size, self.dtype,
                               self.device)  # fmt: skip
-        self.sampler = Sampler(self.slots)
+        self.sampler = Sampler(self.slots, self.group)
         if with_tables:
             with self._stage('all kinds of steps', free):
                 self._warm_up()

@@ -25,6 +25,7 @@ from lmdeploy.engine.plan import DEAD_MASK, NON_FINITE, OK, PROCESSOR_FAILED
 from lmdeploy.ops import logits as change
 from lmdeploy.ops import sample as ops
 from lmdeploy.ops.slots import CHANGES, sample_slots
+from lmdeploy.parallel.group import ALONE, Group
 from lmdeploy.runner.inputs import upload
 from lmdeploy.runner.slots import SlotTable
 from lmdeploy.runner.tables import DeviceTables, send
@@ -78,10 +79,10 @@ class Sampled:
 
 
 class Sampler:
-    """Draws for the requests in ``slots``."""
+    """Draws for the requests in ``slots``; all ranks of ``group`` draw the same."""
 
-    def __init__(self, slots: SlotTable) -> None:
-        self.slots = slots
+    def __init__(self, slots: SlotTable, group: Group = ALONE) -> None:
+        self.slots, self.group = slots, group
         self.device = slots.device
 
     def __call__(self, logits: Tensor, sites: Sites) -> Sampled:
@@ -179,7 +180,21 @@ class Sampler:
         self._add(logits, chosen, [e.bias_ids for e in extras], np.concatenate([e.bias_values for e in extras]))
 
     def _run_processors(self, logits: Tensor, site: int, sites: Sites, errors: dict[int, str]) -> None:
-        """The caller's own functions: whatever they raise or return is this site's affair alone."""
+        """The caller's own functions: whatever they raise or return is this site's affair alone.
+
+        They run on the first rank, which alone has them; the others get what came of it.
+        """
+        if self.group.rank == 0:
+            self._run_own(logits, site, sites, errors)
+        if self.group.size == 1:
+            return
+        row = torch.cat((logits[site], logits.new_full((1,), float(site in errors))))
+        row = self.group.broadcast(row)
+        logits[site] = row[:-1]
+        if row[-1]:
+            errors.setdefault(site, 'a logits processor of the first rank failed')
+
+    def _run_own(self, logits: Tensor, site: int, sites: Sites, errors: dict[int, str]) -> None:
         slot, position = int(sites.slots[site]), int(sites.positions[site])
         token_ids = self.slots.history[slot, : position + 1].long()
         row = logits[site].clone()
