@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--format', choices=FORMATS, default='gptq',
                         help='of the file; awq always has zero points (default: %(default)s)')
     parser.add_argument('--rotation', choices=('none', 'portable'), default='none',
-                        help='portable: rotate the residual stream and the values, folded into the weights: more exact, '
-                             'read by the same programs; a shared embedding is stored twice (default: %(default)s)')
+                        help='portable: rotate the residual stream and the values, folded into the weights: more exact '
+                             'and read by the same programs, but a shared embedding is stored twice (default: none)')
     shared.add_calibration(parser)
     shared.add_work(parser)
 

@@ -125,9 +125,9 @@ class Driver:
         streams = self.streams
         self.watch(Event('read', index))
         layer = self.source.layer(index, self.device)
-        original = _copy(layer)
+        original = None if streams.held_out_float is None else _copy(layer)
         self.recipe.transform(layer)
-        transformed = _copy(layer)
+        transformed = None if streams.calibration_float is None else _copy(layer)
         if index + 1 in self.work.shards:
             self.watch(Event('resume', index))
         else:
@@ -136,7 +136,7 @@ class Driver:
             self.watch(Event('forward', index))
             self._advance(index)
             for stream, weights in ((streams.calibration_float, transformed), (streams.held_out_float, original)):
-                if stream is not None:
+                if stream is not None and weights is not None:
                     _forward(stream, partial(self.layers, weights))
         self.watch(Event('layer', index))
 
@@ -213,8 +213,8 @@ class Driver:
     def _pieces(self, layer: LayerWeights) -> Iterator[tuple[Tensor, Tensor]]:
         for _, x in self.streams.calibration:
             with torch.no_grad():
-                y = self.layers(layer, x)
-            yield x, y
+                y = self.layers(layer, x.float())
+            yield x.float(), y
 
     def _advance(self, index: int) -> None:
         """Move the streams behind quantised layers through the layer as it lies in its file."""

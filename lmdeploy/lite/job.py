@@ -177,7 +177,8 @@ class Job:
     def _streams(self, work: WorkDir) -> Streams:
         def stream(sequences: Sequence[torch.Tensor], name: str) -> Hidden:
             file = work.path / STATE / f'{name}.bin'
-            return Hidden(sequences, self.source.config.hidden_size, self.options.batch_size, self.device, file)
+            return Hidden(sequences, self.source.config.hidden_size, self.options.batch_size, self.device, file,
+                          compute_type(self.source, self.device))  # fmt: skip
 
         streams = Streams(stream(self.calibration.sequences, 'calibration'))
         if 'cross' in self.recipe.needs:
@@ -296,6 +297,11 @@ def judged_texts(sampler: Sampler, tokens: int) -> list[tuple[str, Calibration]]
     if not tokens:
         return []
     return [(name, sampler.head(corpus, tokens, min(WINDOW, tokens))) for name, corpus in held_out().items()]
+
+
+def compute_type(source: Source, device: torch.device) -> torch.dtype:
+    """What layers are computed in: float32 on a CPU, the model's own type on a GPU, as it will be served."""
+    return torch.float32 if device.type == 'cpu' else source.dtype
 
 
 def peak_bytes(device: torch.device) -> int:

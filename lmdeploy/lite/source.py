@@ -189,8 +189,8 @@ def _dummy(path: Path, device: torch.device) -> Checkpoint:
 
 def _read_linear(role: str, name: str, prefix: Prefix, device: torch.device) -> LinearWeights:
     below = prefix.child(name)
-    weight = below.get('weight', (None, None), torch.float32).to(device)
-    bias = below.get('bias', (weight.shape[0],), torch.float32).to(device) if below.has('bias') else None
+    weight = below.get('weight', (None, None)).to(device).float()
+    bias = below.get('bias', (weight.shape[0],)).to(device).float() if below.has('bias') else None
     return LinearWeights(role, name, weight, bias)
 
 

@@ -32,8 +32,8 @@ class Gatherer:
         Raises:
             LoadError: LMD-602: a value is not finite.
         """
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        magnitudes = x.abs()
+        x = x.detach().reshape(-1, x.shape[-1])
+        magnitudes = x.abs().float()
         most = magnitudes.amax(0)
         if not bool(torch.isfinite(most).all()):
             channel = int((~torch.isfinite(most)).nonzero()[0])
@@ -41,13 +41,13 @@ class Gatherer:
         self._sum += magnitudes.sum(0, dtype=torch.float64)
         self._most = torch.maximum(self._most, most)
         if self._hessian is not None:
-            self._hessian.addmm_(x.t(), x)
+            _add_products(self._hessian, x, x)
         if self._cross is not None and x_float is not None:
-            self._cross.addmm_((x_float.reshape(x.shape).float() - x).t(), x)
+            _add_products(self._cross, x_float.reshape(x.shape) - x, x)
         here = (self._picked >= self.seen) & (self._picked < self.seen + len(x))
         if bool(here.any()):
             rows = (self._picked[here] - self.seen).to(x.device)
-            self._sample[here.nonzero().flatten().to(x.device)] = x[rows]
+            self._sample[here.nonzero().flatten().to(x.device)] = x[rows].float()
         self.seen += len(x)
 
     def finish(self) -> SiteStatistics:
@@ -58,3 +58,13 @@ class Gatherer:
                 matrix.div_(count)
         return SiteStatistics(self.seen, (self._sum / count).float(), self._most, self._hessian,
                               self._sample if len(self._picked) else None, self._cross)  # fmt: skip
+
+
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b`` in float32, also of 16-bit values, whose products a GPU sums up so without a copy in float32."""
+    if a.dtype is torch.float32:
+        total.addmm_(a.t(), b)
+    elif a.device.type == 'cpu':
+        total.addmm_(a.float().t(), b.float())
+    else:
+        total += torch.mm(a.t(), b, out_dtype=torch.float32)
