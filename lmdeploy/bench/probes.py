@@ -272,7 +272,8 @@ def _keep_results(bench: Bench, name: str) -> Work:
 OPS: dict[str, Callable[[Bench, str], Work]] = {
     'rms_norm': _norm, 'add_rms_norm': _norm, 'norm_add_rms_norm': _norm, 'silu_mul': _activation,
     'gelu_tanh_mul': _activation, 'embed': _embed, 'rope_tables': _rope_tables, 'rope': _rope, 'write_kv': _write_kv,
-    'rope_write_kv': _rope_write_kv, 'rope_write_codes': _rope_write_codes, 'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
+    'rope_write_kv': _rope_write_kv, 'rope_write_codes': _rope_write_codes,
+    'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
     'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
     'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results, 'hadamard': _hadamard,
 }
