@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmdeploy.nn.build import Build
+from lmdeploy.ops.layer_norm import add_layer_norm
 from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
 from lmdeploy.ops.quantize import CodesOf, TokenCodes, add_rms_norm_quantize, rms_norm_quantize
 from lmdeploy.weights.checkpoint import Prefix
@@ -63,3 +64,7 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(norm(s), s)`` of the sum ``s = residual + x * scale``; all ``[T, size]``, ``scale [size]`` or None."""
+        return add_layer_norm(x, residual, scale, self.weight, self.bias, self.eps)

@@ -90,10 +90,18 @@ class Layer:
             part.load(prefix.child(name))
         self.scales = tuple(vector(prefix, name, linear.in_features, linear.build) for name in names.scales)
 
-    def __call__(self, x: Tensor, tiles: int) -> Tensor:
-        """``x [tiles * positions, hidden]`` to the same."""
-        x = self._add(x, self.o(self._attend(self.qkv(self.norms[0](x)), tiles)), 0)
-        return self._add(x, self.mlp(self.norms[1](x)), 1)
+    def __call__(self, x: Tensor, added: Tensor | None, scale: Tensor | None, tiles: int) -> tuple[Tensor, Tensor]:
+        """From the stream ``x [tiles * positions, hidden]``, to which the layer before adds ``added * scale`` (None:
+        nothing), to the same stream and what this layer adds to it, times :attr:`scale`."""
+        x, normed = add_norm(self.norms[0], x, added, scale)
+        added = self.o(self._attend(self.qkv(normed), tiles))
+        x, normed = add_norm(self.norms[1], x, added, self.scales[0] if self.scales else None)
+        return x, self.mlp(normed)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Of what the layer gives."""
+        return self.scales[1] if self.scales else None
 
     def _attend(self, qkv: Tensor, tiles: int) -> Tensor:
         """``[tiles * positions, 3 * hidden]`` to ``[tiles * positions, hidden]``."""
@@ -102,9 +110,6 @@ class Layer:
             parts[i] = qk_norm(parts[i])
         q, k, v = (part.view(tiles, -1, self.heads, part.shape[-1] // self.heads).transpose(1, 2) for part in parts)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv.shape[0], -1)
-
-    def _add(self, x: Tensor, y: Tensor, half: int) -> Tensor:
-        return torch.addcmul(x, y, self.scales[half]) if self.scales else x + y
 
 
 def attention_linears(tower: TowerConfig, build: Build) -> tuple[int, Linear, Linear]:
@@ -193,14 +198,37 @@ class ViT:
         x = x.reshape(-1, hidden)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
+        added = scale = None
         for layer in self.layers:
-            x = layer(x, tiles)
-        return x.view(tiles, -1, hidden)
+            x, added = layer(x, added, scale, tiles)
+            scale = layer.scale
+        return add(x, added, scale).view(tiles, -1, hidden)
 
 
 def norm(tower: TowerConfig, build: Build) -> LayerNorm | RMSNorm:
     """A norm of the tower's kind."""
     return (RMSNorm if tower.rms_norm else LayerNorm)(build, tower.hidden_size, tower.norm_eps)
+
+
+def add(x: Tensor, added: Tensor | None, scale: Tensor | None) -> Tensor:
+    """``x + added * scale``."""
+    if added is None:
+        return x
+    return x + added if scale is None else torch.addcmul(x, added, scale)
+
+
+def add_norm(part: LayerNorm | RMSNorm, x: Tensor, added: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``s = x + added * scale``, and its norm."""
+    if added is None:
+        return x, part(x)
+    if isinstance(part, LayerNorm):
+        normed, total = part.add(added, x, scale)
+    elif scale is None:
+        normed, total = part.add(added, x)
+    else:
+        total = torch.addcmul(x, added, scale)
+        normed = part(total)
+    return total, normed
 
 
 def to_patches(pixels: Tensor, side: int) -> Tensor:

@@ -6,6 +6,7 @@ from lmdeploy.ops.triton import (
     gemm,
     hadamard,
     kv_codes,
+    layer_norm,
     logits,
     norm,
     quant_packed,
@@ -16,5 +17,5 @@ from lmdeploy.ops.triton import (
     step,
 )
 
-__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'logits', 'norm', 'quant_packed',
-           'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip
+__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'layer_norm', 'logits', 'norm',
+           'quant_packed', 'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip

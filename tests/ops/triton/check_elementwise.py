@@ -7,10 +7,12 @@ import torch
 
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.embedding import embed
+from lmdeploy.ops.layer_norm import add_layer_norm
 from lmdeploy.ops.linear import GATE_GROUP
 from lmdeploy.ops.norm import add_rms_norm, norm_add_rms_norm, rms_norm
 from lmdeploy.ops.triton.activation import gate_mul
 from lmdeploy.ops.triton.embedding import triton_embed
+from lmdeploy.ops.triton.layer_norm import triton_add_layer_norm
 from lmdeploy.ops.triton.norm import triton_add_rms_norm, triton_norm_add_rms_norm, triton_rms_norm
 from tests.tolerance import tolerance
 
@@ -40,6 +42,18 @@ def test_norms(size, wide, dtype, device):
     else:  # fusing changes no bit: what is added was rounded before
         assert torch.equal(found, same) and torch.equal(total, sum_)
     torch.testing.assert_close(total, norm_add_rms_norm.reference(x, residual, post, weight, 1e-5)[1], **limits)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('scaled', [False, True])
+def test_layer_norm_after_an_addition(size, scaled, dtype, device):
+    x, residual = noise(3, size, dtype=dtype, device=device), noise(3, size, dtype=dtype, device=device) + 3
+    scale, weight, bias = noise(3, size, dtype=dtype, device=device)
+    given = x, residual, scale if scaled else None, weight, bias, 1e-6
+    for found, wanted in zip(triton_add_layer_norm(*given), add_layer_norm.reference(*given), strict=True):
+        assert found.dtype is dtype
+        torch.testing.assert_close(found, wanted, **tolerance(dtype, 8.0))
+    assert triton_add_layer_norm(x[:0], residual[:0], *given[2:])[1].shape == (0, size)
 
 
 def test_norms_of_any_shape_and_of_no_rows(dtype, device):
