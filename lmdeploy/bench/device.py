@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lmdeploy.bench.roofline import Roof
+from lmdeploy.ops.quantize import TYPES
 from lmdeploy.runner.host import free_host_memory, processor_name
 
 Call = Callable[[], Any]
@@ -101,3 +102,19 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     peak = 2 * side**3 / seconds_per_call([lambda: a @ b], device)
     return Roof(copy, peak, source=f'measured: a copy of {size >> 20} MiB, a product of {side} x {side} matrices')
+
+
+def measure_peak(device: torch.device, kind: str) -> float:
+    """Operations per second of large square products of numbers of 8 bits, a key of ``ops.quantize.TYPES``, by torch.
+
+    Zero where it has none for the device.
+    """
+    if device.type == 'cpu':
+        return 0.0
+    side = GPU_SIDE
+    a, b = (torch.randint(-8, 8, (side, side), device=device).to(TYPES[kind]) for _ in range(2))
+    if kind == 'int8':
+        return 2 * side**3 / seconds_per_call([lambda: torch._int_mm(a, b.t())], device)
+    one = torch.ones((), device=device)
+    return 2 * side**3 / seconds_per_call([lambda: torch._scaled_mm(
+        a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)], device)

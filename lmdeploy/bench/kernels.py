@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lmdeploy.bench import probes
-from lmdeploy.bench.device import DeviceFacts, measure_roof, seconds_per_call
+from lmdeploy.bench.device import DeviceFacts, measure_peak, measure_roof, seconds_per_call
+from lmdeploy.bench.products import products
 from lmdeploy.bench.report import Environment
 from lmdeploy.bench.roofline import Roof
 from lmdeploy.config.model import ModelConfig
@@ -51,25 +52,32 @@ class KernelReport:
 
 @torch.inference_mode()
 def measure(config: ModelConfig, model: str, device: torch.device, dtype: torch.dtype, rows: Sequence[int],
-            context: int, only: str = '', roof: Roof | None = None) -> KernelReport:  # fmt: skip
+            context: int, only: str = '', roof: Roof | None = None,
+            quants: Sequence[str] = ()) -> KernelReport:  # fmt: skip
     """Measure all kernels of a device at a model's shapes.
 
     Args:
         rows: tokens of a step, one after another.
         context: cached tokens of a row, and the length of the prompt.
         only: measure those alone whose name contains it.
+        quants: formats of weights, keys of ``bench.shapes.QUANTISED``, to multiply with beside dense ones.
     """
     roof = roof or measure_roof(device, dtype)
-    figures = []
+    figures: list[Figure] = []
+    peaks = {'': roof.peak}
     for count in rows:
         bench = probes.Bench(config, device, dtype, count, context, only)
-        figures += [_figure(probe, device, roof) for probe in _probes(bench, count == rows[0])]
+        for probe in _probes(bench, count == rows[0], quants):
+            if probe.inputs not in peaks:
+                peaks[probe.inputs] = measure_peak(device, probe.inputs) or roof.peak
+            figures.append(_figure(probe, device, replace(roof, peak=peaks[probe.inputs])))
     return KernelReport('kernels', Environment(), DeviceFacts.of(device), model, str(dtype).removeprefix('torch.'),
                         context, roof, figures)
 
 
-def _probes(bench: probes.Bench, first: bool) -> Iterator[probes.Probe]:
-    yield from probes.linears(bench)
+def _probes(bench: probes.Bench, first: bool, quants: Sequence[str]) -> Iterator[probes.Probe]:
+    for quant in ('', *quants):
+        yield from products(bench, quant)
     for probe in probes.attention(bench):
         if first or probe.name != 'attention prompt':  # which does not depend on the rows
             yield probe

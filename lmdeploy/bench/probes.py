@@ -20,9 +20,6 @@ from lmdeploy.kv.cache import PAGE, KVCache, KVShape
 from lmdeploy.kv.format import format_of
 from lmdeploy.ops.sample import uniforms
 from lmdeploy.ops.table import Op, OpCase, registered
-from lmdeploy.quant.bundle import LinearBundle
-from lmdeploy.quant.kernels import KernelCase, choose_gated, choose_kernel
-from lmdeploy.quant.scheme import dense_scheme
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.runner.tables import DeviceTables
 
@@ -36,7 +33,8 @@ class Probe:
 
     Attributes:
         calls: the same work on copies of the tensors, which take turns.
-        bytes: that one call has to read and write. flops: operations of its products.
+        bytes: that one call has to read and write. flops: operations of its products, on numbers of 8 bits of the type
+            ``inputs`` where it names one.
     """
 
     name: str
@@ -45,6 +43,7 @@ class Probe:
     calls: list[Call]
     bytes: float
     flops: float = 0.0
+    inputs: str = ''
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +109,29 @@ def _hadamard(bench: Bench, name: str) -> Work:
 
     size = bench.rows * width
     return f'[{bench.rows}, {width}] by {block}', 2 * size * bench.dtype.itemsize, 2.0 * size * block, make
+
+
+def _quantize(bench: Bench, name: str) -> Work:
+    """Inputs of a layer, to int8, alone and behind what makes them."""
+    op, config, rows = registered(bench.device.type)[name], bench.config, bench.rows
+    gated = name == 'gate_mul_quantize'
+    width = config.intermediate_size if gated else config.hidden_size
+    weight, scale = bench.random(width), torch.ones((), device=bench.device)
+    read = 2 if gated or name == 'add_rms_norm_quantize' else 1
+    written = bench.dtype.itemsize if name == 'add_rms_norm_quantize' else 0  # the sum
+
+    def make() -> Call:
+        x, residual = bench.random(rows, width * (2 if gated else 1)), bench.random(rows, width)
+        if name == 'quantize_tokens':
+            return lambda: op(x, 'int8', 0)
+        if name == 'quantize_static':
+            return lambda: op(x, 'int8', scale)
+        if gated:
+            return lambda: op(x, config.activation, False, 'int8', 0)
+        inputs = (x, residual) if name == 'add_rms_norm_quantize' else (x,)
+        return lambda: op(*inputs, weight, config.rms_norm_eps, 'int8', 0)
+
+    return f'[{rows}, {width}]', rows * width * (read * bench.dtype.itemsize + written + 1), 0.0, make
 
 
 def _embed(bench: Bench, name: str) -> Work:
@@ -276,8 +298,11 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
     'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
     'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results, 'hadamard': _hadamard,
+    'quantize_tokens': _quantize, 'quantize_static': _quantize, 'rms_norm_quantize': _quantize,
+    'add_rms_norm_quantize': _quantize, 'gate_mul_quantize': _quantize,
 }
-AS_THE_MODEL_DOES = {'linear', 'linear_float', 'gated_linear', 'paged_attention'}  # see linears() and attention()
+AS_THE_MODEL_DOES = {  # see products() and attention()
+    'linear', 'linear_float', 'gated_linear', 'packed_linear', 'scaled_linear', 'paged_attention'}
 
 
 def ops(bench: Bench) -> Iterator[Probe]:
@@ -289,58 +314,6 @@ def ops(bench: Bench) -> Iterator[Probe]:
         shape, nbytes, flops, make = OPS[name](bench, name)
         chosen = op.chosen(OpCase(bench.device.type, bench.dtype)).removeprefix('lmdeploy.ops.')
         yield Probe(name, shape, chosen, bench.calls(nbytes, make), nbytes, flops)
-
-
-def linears(bench: Bench) -> Iterator[Probe]:
-    """The products of a layer and of the output head, by the kernels that the model would choose."""
-    config = bench.config
-    hidden, query = config.hidden_size, config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    for name, out, inner in (('qkv', query + 2 * kv, hidden), ('o', hidden, query),
-                             ('down', hidden, config.intermediate_size), ('head', config.vocab_size, hidden)):
-        if bench.only in f'linear {name}':
-            yield _linear(bench, name, out, inner)
-    if bench.only in 'linear gate_up':
-        yield _gated(bench, hidden, config.intermediate_size)
-
-
-def _bundle(bench: Bench, out: int, inner: int) -> LinearBundle:
-    scheme = dense_scheme(8 * bench.dtype.itemsize)
-    return LinearBundle(scheme, out, inner, weight=bench.random(out, inner) * inner**-0.5)
-
-
-def _product_cost(bench: Bench, out: int, inner: int) -> tuple[float, float]:
-    """Bytes and operations of ``[rows, inner] @ [inner, out]``."""
-    numbers = out * inner + bench.rows * (inner + out)
-    return numbers * bench.dtype.itemsize, 2.0 * bench.rows * out * inner
-
-
-def _linear(bench: Bench, name: str, out: int, inner: int) -> Probe:
-    case = KernelCase(dense_scheme(8 * bench.dtype.itemsize), bench.dtype, bench.device)
-    kernel = choose_kernel(case)
-    nbytes, flops = _product_cost(bench, out, inner)
-
-    def make() -> Call:
-        packed, x = kernel.pack(_bundle(bench, out, inner), case), bench.random(bench.rows, inner)
-        return (lambda: kernel.apply_float(x, packed)) if name == 'head' else (lambda: kernel.apply(x, packed))
-
-    return Probe(f'linear {name}', f'[{bench.rows}, {inner}] x [{inner}, {out}]', kernel.name,
-                 bench.calls(nbytes, make), nbytes, flops)
-
-
-def _gated(bench: Bench, hidden: int, inner: int) -> Probe:
-    case = KernelCase(dense_scheme(8 * bench.dtype.itemsize), bench.dtype, bench.device, inner)
-    kernel = choose_gated(case)
-    nbytes, flops = _product_cost(bench, 2 * inner, hidden)
-    nbytes -= bench.rows * inner * bench.dtype.itemsize  # what comes out is half as wide
-
-    def make() -> Call:
-        packed = kernel.pack(_bundle(bench, inner, hidden), _bundle(bench, inner, hidden), case)
-        x = bench.random(bench.rows, hidden)
-        return lambda: kernel.apply(x, packed, bench.config.activation)
-
-    return Probe('linear gate_up', f'[{bench.rows}, {hidden}] x [{hidden}, 2 x {inner}]', kernel.name,
-                 bench.calls(nbytes, make), nbytes, flops)
 
 
 def attention(bench: Bench) -> Iterator[Probe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lmdeploy.bench.shapes import QUANTISED
 from lmdeploy.cli import bench_args as shared
 from lmdeploy.cli.screen import Screen
 
@@ -17,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--only', default='', metavar='TEXT', help='kernels whose name contains this')
     parser.add_argument('--dtype', default='auto', help='auto, float32, bfloat16 or float16')
     parser.add_argument('--device', choices=('auto', 'cuda', 'cpu'), default='auto', help='default: %(default)s')
+    parser.add_argument('--quant', choices=tuple(QUANTISED), nargs='+', default=[], metavar='NAME',
+                        help=f'multiply with weights of these formats, too: {", ".join(QUANTISED)}')
     shared.add_output(parser)
     shared.add_roof(parser)
 
@@ -31,7 +34,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     device = choose_device(args.device)
     config = shared.model_config(args.model)
     dtype = choose_dtype(DTYPES.get(args.dtype, args.dtype), device, config.dtype_name)
-    report = measure(config, args.model, device, dtype, args.rows, args.context, args.only, roof)
+    report = measure(config, args.model, device, dtype, args.rows, args.context, args.only, roof,
+                     args.quant)
     shared.write(args, screen, report)
     table = Table(('kernel', 'shape', 'implementation', 'us', 'GB/s', 'TFLOP/s', 'bound us', 'by', 'of bound'),
                   names=3)

@@ -34,6 +34,12 @@ class QuantScheme:
         """The weight is stored as plain floating-point numbers."""
         return self.name == 'dense'
 
+    @property
+    def weight_bits(self) -> float:
+        """Bits of one weight with its part of the scales, in 16 bits, and of the zero points, of codes with scales."""
+        shared = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + (shared / self.group if self.group else 0.0)
+
     def __str__(self) -> str:
         """As messages show it: ``int4 in groups of 128, asymmetric``."""
         parts = [f'int{self.bits}' if self.name == 'int' else self.name]

@@ -8,6 +8,7 @@ import torch
 from lmdeploy.bench import probes
 from lmdeploy.bench.device import measure_roof, seconds_per_call
 from lmdeploy.bench.kernels import measure
+from lmdeploy.bench.products import products
 from lmdeploy.bench.roofline import Roof
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.extend import op_names
@@ -44,7 +45,7 @@ def test_calls_fit_their_contracts(name):
 
 
 def test_products_count_their_weights():
-    found = {probe.name: probe for probe in probes.linears(BENCH)}
+    found = {probe.name: probe for probe in products(BENCH)}
     assert found.keys() == {f'linear {name}' for name in ('qkv', 'o', 'down', 'head', 'gate_up')}
     assert found['linear qkv'].flops == 2 * 5 * 32 * 64 and found['linear gate_up'].flops == 2 * 5 * 32 * 96
     assert found['linear o'].bytes == 4 * (32 * 32 + 5 * (32 + 32))
