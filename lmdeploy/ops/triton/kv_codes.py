@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import MOST, hadamard_block, rope_write_codes
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 
 _HEADS = 8  # heads per program
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -146,9 +146,9 @@ def triton_rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Ten
     if tokens:
         pdl, block = supports_pdl(qkv.device), hadamard_block(dim)
         k_scales, v_scales = map(words, layer.scales)
-        _write_codes_kernel[(tokens, triton.cdiv(all_heads, _HEADS))](
+        _write_codes_kernel[(tokens, cdiv(all_heads, _HEADS))](
             qkv, cos, sin, q_weight, k_weight, eps, offset, coded, plain, layer.k, layer.v, k_scales, v_scales, slots,
-            qkv.stride(0), HEADS=heads, KV=kv_heads, D=dim, HALF=triton.next_power_of_2(dim // 2), R=cos.shape[-1],
+            qkv.stride(0), HEADS=heads, KV=kv_heads, D=dim, HALF=next_power_of_2(dim // 2), R=cos.shape[-1],
             BLOCK=block_size, H=_HEADS, NORM=q_weight is not None, OFFSET=offset is not None, BITS=bits,
             HADAMARD=block, TURNS=block.bit_length() - 1, MOST=MOST, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import KeyOffset
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
 
 LOG2E = 1.4426950408889634
@@ -58,7 +58,7 @@ def config_of(dim: int, size: int, pairs: int) -> DecodeConfig:
     As measured on an H200: few pairs are split into many parts, which a second kernel merges faster; many pairs fill
     the device, and pointers read whole tiles a little faster than descriptors.
     """
-    if 2 * TILE * triton.next_power_of_2(dim) * size > 32 * 1024:  # a tile of keys and one of values
+    if 2 * TILE * next_power_of_2(dim) * size > 32 * 1024:  # a tile of keys and one of values
         return DecodeConfig(1, 5 if dim * size <= 512 else 3, pairs >= 128)
     if dim <= 64:
         if pairs < 128:
@@ -376,9 +376,9 @@ def plan_decode(kv_lens: Tensor, query_start: Tensor, table_rows: Tensor, kv_hea
     rows, pdl = kv_lens.shape[0], supports_pdl(kv_lens.device)
     plan = torch.empty(10 * programs + 2, dtype=torch.int32, device=kv_lens.device)
     stretches, merged, shares = plan[: 9 * programs].view(9, programs), plan[9 * programs : -2], plan[-2:]
-    padded = max(triton.next_power_of_2(rows), 16)
+    padded = max(next_power_of_2(rows), 16)
     each = max(4096 // padded, 4)
-    _plan_kernel[(triton.cdiv(programs, each),)](
+    _plan_kernel[(cdiv(programs, each),)](
         kv_lens, query_start, table_rows, stretches, merged, shares, rows, programs, HEADS=kv_heads, WINDOW=window,
         TILE=TILE, ROWS=padded, PROGRAMS=each, LEAST=config.least, PDL=pdl, num_warps=4, launch_pdl=pdl)  # fmt: skip
     return DecodePlan(stretches, merged, shares, config)
@@ -400,15 +400,15 @@ def decode_attention(q: Tensor, layer: KVLayer, block_table: Tensor, table_rows:
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = layer.k.shape[1:3]
-    group, padded = heads // kv_heads, triton.next_power_of_2(dim)
+    group, padded = heads // kv_heads, next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
     pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
-    merged = min(triton.next_power_of_2(group * dim), 2048)
+    merged = min(next_power_of_2(group * dim), 2048)
     _decode_kernel[(plan.programs,)](
         q, plain, pages.k, pages.v, pages.k_scales, pages.v_scales, pages.within, pages.back, out, block_table,
         table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums, workspace.stats,
         workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group,
-        M=max(triton.next_power_of_2(group), 16), D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE,
+        M=max(next_power_of_2(group), 16), D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE,
         WINDOW=window, STAGES=config.num_stages, TMA=pages.tma, BITS=pages.bits, OFFSET=offset is not None,
         ASM=q.dtype == torch.bfloat16, DIRECT_K=config.direct_k, DIRECT_V=config.direct_v, FUSED=config.fused,
         PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=merged, CHUNK=max(2048 // merged, 2),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import KeyOffset
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 from lmdeploy.ops.triton.paged_attention_decode import LOG2E, load_tile
 from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
 
@@ -175,7 +175,7 @@ def plan_prefill(query_start: Tensor, kv_lens: Tensor, table_rows: Tensor, first
     queries, pdl = config.rows // group, supports_pdl(kv_lens.device)
     number = tokens // queries + rows
     tiles = torch.empty(4, number, dtype=torch.int32, device=kv_lens.device)
-    _plan_kernel[(triton.cdiv(number, 64),)](
+    _plan_kernel[(cdiv(number, 64),)](
         query_start, kv_lens, table_rows, tiles, first_row, rows, number, QUERIES=queries, TILES=64, ROWS=64, PDL=pdl,
         num_warps=4, launch_pdl=pdl)  # fmt: skip
     return PrefillPlan(tiles, config)
@@ -194,7 +194,7 @@ def prefill_attention(q: Tensor, layer: KVLayer, block_table: Tensor, plan: Pref
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = layer.k.shape[1:3]
-    group, padded = heads // kv_heads, triton.next_power_of_2(dim)
+    group, padded = heads // kv_heads, next_power_of_2(dim)
     config, pdl = plan.config, supports_pdl(q.device)
     pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
     _prefill_kernel[(kv_heads, plan.tiles.shape[1])](

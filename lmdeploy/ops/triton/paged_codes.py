@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.triton.kv_codes import words
+from lmdeploy.ops.triton.launch import next_power_of_2
 
 TILE = 64  # keys per tile: a page, or a part of a longer one
 
@@ -49,7 +50,7 @@ class Pages:
         tma = tma and width * layer.k.element_size() % 16 == 0  # what descriptors can describe
         k, v, back = layer.k, layer.v, None
         if tma:
-            box = [TILE, triton.next_power_of_2(width)]
+            box = [TILE, next_power_of_2(width)]
             k, v = (TensorDescriptor(pages, [pages.numel() // width, width], [width, 1], box) for pages in (k, v))
         k_scales, v_scales = (None, None) if layer.k_scales is None else map(words, layer.scales)
         if offset is not None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.ops.rope import rope_tables, rope_write_kv
-from lmdeploy.ops.triton.launch import gdc_launch_dependents, gdc_wait, supports_pdl
+from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 
 _HEADS = 8  # heads per program
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +41,7 @@ def triton_rope_tables(positions: Tensor, frequencies: Tensor, factor: float) ->
     cos, sin = (torch.empty(len(positions), 1, 2 * half, device=positions.device) for _ in range(2))
     if len(positions):
         _tables_kernel[(len(positions),)](positions, frequencies, cos, sin, float(factor), HALF=half,
-                                          BLOCK=triton.next_power_of_2(half), PDL=pdl, num_warps=1, launch_pdl=pdl)
+                                          BLOCK=next_power_of_2(half), PDL=pdl, num_warps=1, launch_pdl=pdl)
     return cos, sin
 
 
@@ -106,9 +106,9 @@ def triton_rope_write_kv(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor
     out = torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
     if tokens:
         pdl = supports_pdl(qkv.device)
-        _write_kernel[(tokens, triton.cdiv(all_heads, _HEADS))](
+        _write_kernel[(tokens, cdiv(all_heads, _HEADS))](
             qkv, cos, sin, q_weight, k_weight, eps, out, k_pages, v_pages, slots, qkv.stride(0),
-            HEADS=heads, KV=kv_heads, D=dim, D_P=triton.next_power_of_2(dim), R=cos.shape[-1], BLOCK=block_size,
+            HEADS=heads, KV=kv_heads, D=dim, D_P=next_power_of_2(dim), R=cos.shape[-1], BLOCK=block_size,
             H=_HEADS, NORM=q_weight is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out
