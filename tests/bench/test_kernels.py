@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lmdeploy.bench import probes
 from lmdeploy.bench.device import measure_roof, seconds_per_call
 from lmdeploy.bench.kernels import measure
-from lmdeploy.bench.products import products
+from lmdeploy.bench.products import products, stored_bytes
 from lmdeploy.bench.roofline import Roof
+from lmdeploy.bench.shapes import QUANTISED
 from lmdeploy.config.model import ModelConfig
+from lmdeploy.config.quantization import read_quantization
 from lmdeploy.extend import op_names
 from lmdeploy.ops.table import registered
 
@@ -51,6 +55,25 @@ def test_products_count_their_weights():
     assert found['linear o'].bytes == 4 * (32 * 32 + 5 * (32 + 32))
     assert found['linear head'].calls[0]().shape == (5, 96)
     assert found['linear gate_up'].calls[0]().shape == (5, 48)
+
+
+@pytest.mark.parametrize('quant', QUANTISED)
+def test_products_of_quantised_weights(quant):
+    bench = probes.Bench(CONFIG, CPU, torch.float32, rows=2, context=8)
+    found = {probe.name: probe for probe in products(bench, quant)}
+    assert found.keys() >= {f'linear {name} {quant}' for name in ('qkv', 'o', 'down', 'gate_up')}
+    bits = int(quant[1]) if quant[0] == 'w' else 8
+    least = 32 * 64 * bits / 8 + 4 * 2 * (32 + 64)
+    assert least <= found[f'linear qkv {quant}'].bytes <= 1.3 * least
+    assert found[f'linear gate_up {quant}'].calls[0]().shape == (2, 48)
+    assert ('a8' in quant or 'fp8' in quant) is bool(found[f'linear o {quant}'].inputs)
+
+
+def test_bytes_of_stored_weights():
+    assert stored_bytes(CONFIG, 2) == 2
+    eight, four = (replace(CONFIG, quantization=read_quantization({'quantization_config': QUANTISED[name]}))
+                   for name in ('fp8', 'w4a16'))
+    assert stored_bytes(eight, 2) == 1 and stored_bytes(four, 2) == (4 + (16 + 4) / 128) / 8
 
 
 def test_attention_counts_the_pairs_that_are_seen():
