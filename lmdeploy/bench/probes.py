@@ -302,7 +302,8 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'add_rms_norm_quantize': _quantize, 'gate_mul_quantize': _quantize,
 }
 AS_THE_MODEL_DOES = {  # see products() and attention()
-    'linear', 'linear_float', 'gated_linear', 'packed_linear', 'scaled_linear', 'paged_attention'}
+    'linear', 'linear_float', 'gated_linear', 'packed_linear', 'packed_codes_linear', 'scaled_linear',
+    'paged_attention'}
 
 
 def ops(bench: Bench) -> Iterator[Probe]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.linear import GATE_GROUP
+from lmdeploy.ops.quantize import TURN
 from lmdeploy.ops.table import op
 
 WIDTH = 32  # words of a tile's row
@@ -152,11 +153,29 @@ def packed_linear(x: Tensor, packed: PackedWeight, activation: str, exact: bool)
     Returns:
         ``[T, out]``, or ``[T, out / 2]`` where gated.
     """
-    dtype = torch.float32 if exact else x.dtype
     y = x.float() @ unpack(packed, torch.float32).t()
+    return _finish(y, packed, activation).to(torch.float32 if exact else x.dtype)
+
+
+@op
+def packed_codes_linear(codes: Tensor, scales: Tensor, packed: PackedWeight, activation: str,
+                        dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """As :func:`packed_linear`, for inputs of 8 bits and integers of 4 bits: groups are summed in integers.
+
+    Args:
+        codes: ``[T, in] int8``, in the order of ``quantize_tokens(..., turned=True)``. scales: ``[T, 1] float32``.
+        packed: integers of 4 bits in groups of a multiple of 128; ``in`` is a multiple of 16.
+        dtype: of the result.
+    """
+    order = torch.tensor(TURN, device=codes.device).argsort()
+    x = codes.unflatten(-1, (-1, 16))[..., order].flatten(-2).float() * scales
+    return _finish(x @ unpack(packed, torch.float32).t(), packed, activation).to(dtype)
+
+
+def _finish(y: Tensor, packed: PackedWeight, activation: str) -> Tensor:
     if packed.bias is not None:
         y += packed.bias.float()
     if packed.gated:
         both = y.unflatten(-1, (-1, 2, GATE_GROUP))
         y = ACTIVATIONS[activation](torch.cat((both[..., 0, :].flatten(-2), both[..., 1, :].flatten(-2)), -1))
-    return y.to(dtype)
+    return y

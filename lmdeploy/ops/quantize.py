@@ -13,6 +13,8 @@ from lmdeploy.ops.linear import GATE_GROUP
 from lmdeploy.ops.norm import add_rms_norm, rms_norm
 from lmdeploy.ops.table import op
 
+# channels of 16 in the order in which a thread of a GPU holds the codes of a weight that is packed for 16-bit inputs
+TURN = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 INT8_EPS = 1e-7  # the smallest magnitude that a token's largest counts as
 FLOAT8_FLOOR = 1 / 512  # of float8: the same, in units of the largest code
 LARGEST = {'int8': 127.0, 'float8_e4m3fn': 448.0, 'float8_e5m2': 57344.0}
@@ -35,7 +37,7 @@ class CodesOf:
 
 
 @op
-def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor, kind: str, group: int, turned: bool = False) -> tuple[Tensor, Tensor]:
     """Symmetric codes of every token, with a scale of its own: ``x = codes * scales`` about.
 
     The largest magnitude of a token (or of each group of its channels) becomes the largest code: 127 of int8, 448 or
@@ -43,6 +45,7 @@ def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[T, in]``. kind: a key of LARGEST. group: channels that share a scale, the last may be fewer; 0: all.
+        turned: give the codes of every 16 channels, of which there are whole ones, in the order TURN.
 
     Returns:
         codes ``[T, in]`` of the type named by kind, scales ``[T, groups] float32``.
@@ -55,7 +58,13 @@ def quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     least = INT8_EPS if kind == 'int8' else FLOAT8_FLOOR
     scales = padded.abs().amax(-1).clamp_(min=least) / largest
     scaled = (padded / scales.unsqueeze(-1)).flatten(1)[:, :channels]
-    return _codes(scaled, kind), scales
+    codes = _codes(scaled, kind)
+    return (turn(codes) if turned else codes), scales
+
+
+def turn(codes: Tensor) -> Tensor:
+    """Every 16 channels of ``[..., in]`` in the order TURN."""
+    return codes.view(torch.uint8).unflatten(-1, (-1, 16))[..., list(TURN)].flatten(-2).view(codes.dtype)
 
 
 @op

@@ -10,6 +10,7 @@ from lmdeploy.ops.triton import (
     logits,
     norm,
     quant_packed,
+    quant_packed_codes,
     quant_scaled,
     quantize,
     rope,
@@ -18,4 +19,4 @@ from lmdeploy.ops.triton import (
 )
 
 __all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'layer_norm', 'logits', 'norm',
-           'quant_packed', 'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip
+           'quant_packed', 'quant_packed_codes', 'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip

@@ -108,7 +108,7 @@ def _code(words, zero, J: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
 
 
 @triton.jit
-def _beside(a, b):
+def beside(a, b):
     """``[rows, 2 n]`` of two ``[rows, n]``."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
@@ -116,14 +116,14 @@ def _beside(a, b):
 @triton.jit
 def _pair(words, zero, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
           KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    return _beside(_code(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
+    return beside(_code(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
                    _code(words, zero, FIRST + 1, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
 
 
 @triton.jit
 def _four(words, zero, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
           KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    return _beside(_pair(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
+    return beside(_pair(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
                    _pair(words, zero, FIRST + 2, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
 
 
@@ -138,12 +138,12 @@ def _operand(words, zero, FIRST: tl.constexpr, RUN: tl.constexpr, BITS: tl.const
     elif RUN == 4:
         return _four(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM)
     else:
-        return _beside(_four(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
+        return beside(_four(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
                        _four(words, zero, FIRST + 4, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
 
 
 @triton.jit
-def _scale(meta, HALF: tl.constexpr):
+def scale_of(meta, HALF: tl.constexpr):
     """The scales in ``meta [rows] int32``: float32."""
     if HALF:
         return (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -212,12 +212,12 @@ def _packed_kernel(
             if GROUP == 0:
                 acc = tl.dot(a, b, acc)
             else:
-                acc += tl.dot(a, b) * _scale(now, HALF)[:, None]
+                acc += tl.dot(a, b) * scale_of(now, HALF)[:, None]
                 now = following
         w_at += 64 * W
         x_at += BK
     if GROUP == 0:
-        acc *= _scale(now, HALF)[:, None]
+        acc *= scale_of(now, HALF)[:, None]
     if SPLIT > 1:
         parts += above * tiles * SPLIT * (BN * BM)
         arrived += above * tiles
@@ -281,7 +281,7 @@ def _unpack_kernel(
         now = tl.load(meta + group * N + safe)
         zero = (now & 0xFFFF).to(tl.int16).to(out.dtype.element_ty, bitcast=True)[:, None]
         a = _operand(w, tl.broadcast_to(zero, (64, W)), dot * RUN, RUN, BITS, FLOAT8, ZEROS, KIND, ASM)
-        a = (a.to(tl.float32) * _scale(now, HALF)[:, None]).to(out.dtype.element_ty)
+        a = (a.to(tl.float32) * scale_of(now, HALF)[:, None]).to(out.dtype.element_ty)
         at = out + rows[:, None].to(tl.int64) * K + ks[None, :]
         tl.store(at, a, mask=(rows < N)[:, None] & (ks < K)[None, :])
 

@@ -39,7 +39,7 @@ def _to_codes(scaled, type: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def _store_codes(values, row, codes, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-                 LARGEST: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
+                 LARGEST: tl.constexpr, LEAST: tl.constexpr, TURNED: tl.constexpr = False):  # fmt: skip
     """Quantise a row: ``values [BLOCK]`` float32, zero beyond SIZE."""
     at = tl.arange(0, BLOCK)
     type: tl.constexpr = codes.dtype.element_ty
@@ -57,13 +57,16 @@ def _store_codes(values, row, codes, scales, SIZE: tl.constexpr, BLOCK: tl.const
         tl.store(scales + row * held + index, scale, mask=index < held)
         found = _to_codes(tl.math.div_rn(parts, tl.broadcast_to(scale[:, None], (groups, GROUP))), type, LARGEST)
         found = tl.reshape(found, (BLOCK,))
+    if TURNED:  # bits of a channel's number, from the lowest: 0, 3, 1, 2
+        bits = tl.reshape(found, (BLOCK // 16, 2, 2, 2, 2))
+        found = tl.reshape(tl.permute(bits, (0, 2, 3, 1, 4)), (BLOCK,))
     tl.store(codes + row * SIZE + at, found, mask=at < SIZE)
 
 
 @triton.jit
 def _tokens_kernel(
     x, codes, scales, x_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr,
-    LEAST: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, TURNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -71,7 +74,7 @@ def _tokens_kernel(
         gdc_launch_dependents()
         gdc_wait()
     values = tl.load(x + row * x_stride + at, mask=at < SIZE, other=0.0).to(tl.float32)
-    _store_codes(values, row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST)
+    _store_codes(values, row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST, TURNED)
 
 
 @triton.jit
@@ -161,14 +164,16 @@ def _refuse(case: OpCase) -> list[str]:
 
 
 @quantize_tokens.impl('cuda', when=_refuse)
-def triton_quantize_tokens(x: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+def triton_quantize_tokens(x: Tensor, kind: str, group: int, turned: bool = False) -> tuple[Tensor, Tensor]:
     rows, size = _rows(x), x.shape[-1]
+    if turned and size % 16:
+        raise ValueError(f'{size} channels are not whole groups of 16')
     codes, scales = _results(rows, size, kind, group)
     if len(rows):
         block, pdl = _block(size, group), supports_pdl(x.device)
         _tokens_kernel[(len(rows),)](
             rows, codes, scales, rows.stride(0), SIZE=size, BLOCK=block, GROUP=group, LARGEST=LARGEST[kind],
-            LEAST=_least(kind), PDL=pdl, num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
+            LEAST=_least(kind), TURNED=turned, PDL=pdl, num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
     return codes, scales
 
 

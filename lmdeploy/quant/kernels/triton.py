@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.linear import GATE_GROUP, interleave
-from lmdeploy.ops.packed_linear import CODES, WIDTH, PackedWeight, pack, packed_linear
+from lmdeploy.ops.packed_linear import CODES, WIDTH, PackedWeight, pack, packed_codes_linear, packed_linear
 from lmdeploy.ops.quantize import TYPES, CodesOf, TokenCodes, gate_mul_quantize, quantize_static, quantize_tokens
 from lmdeploy.ops.scaled_linear import ScaledWeight, scaled_linear
 from lmdeploy.ops.table import OpCase
@@ -17,21 +17,31 @@ from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels.base import SCALED, KernelCase
 from lmdeploy.quant.scheme import FLOAT8
 
+EXACT_ROWS = 64  # while the memory is the bound, nothing is gained by quantising inputs
+
 
 @dataclass(frozen=True, slots=True)
 class Sorted:
-    """Packed codes, and the order in which they want their input channels, or None."""
+    """Packed codes, the order in which they want their input channels, or None, and whether more than EXACT_ROWS inputs
+    are quantised to 8 bits."""
 
     weight: PackedWeight
     order: Tensor | None
+    by_codes: bool
 
     def __call__(self, x: Tensor, activation: str, exact: bool) -> Tensor:
         x = x if self.order is None else x.index_select(-1, self.order)
+        if self.by_codes and len(x) > EXACT_ROWS:
+            codes, scales = quantize_tokens(x, 'int8', 0, True)
+            return packed_codes_linear(codes, scales, self.weight, activation, torch.float32 if exact else x.dtype)
         return packed_linear(x, self.weight, activation, exact)
 
 
 class PackedProduct:
-    """Integer and float8 codes, unpacked while they are multiplied with 16-bit inputs."""
+    """Integer and float8 codes, unpacked while they are multiplied with 16-bit inputs.
+
+    W4A8 is among them: many inputs are quantised to 8 bits, and few stay exact.
+    """
 
     name = 'triton_packed'
 
@@ -166,7 +176,9 @@ def _packed(bundle: LinearBundle, case: KernelCase, *, gated: bool = False) -> S
     bias = None if bundle.bias is None else bundle.bias.to(device, case.dtype)
     weight = pack(bundle.codes.to(device), bundle.scales.to(device), zeros, bias, scheme.bits, scheme.group, case.dtype,
                   float8=scheme.name if scheme.name in FLOAT8 else '', gated=gated)  # fmt: skip
-    return Sorted(weight, None if bundle.perm is None else bundle.perm.to(device))
+    by_codes = (scheme.activation, scheme.bits, scheme.static) == ('int8', 4, False) and scheme.group > 0 and not (
+        scheme.group % 128 or bundle.in_features % 16)  # fmt: skip
+    return Sorted(weight, None if bundle.perm is None else bundle.perm.to(device), by_codes)
 
 
 def _scaled(bundle: LinearBundle, case: KernelCase, *, gated: bool = False) -> ScaledLayer:

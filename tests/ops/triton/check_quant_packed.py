@@ -7,8 +7,11 @@ import torch
 
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.linear import interleave
-from lmdeploy.ops.packed_linear import PackedWeight, pack, packed_linear, unpack
+from lmdeploy.ops.packed_linear import PackedWeight, pack, packed_codes_linear, packed_linear, unpack
+from lmdeploy.ops.quantize import quantize_tokens, turn
 from lmdeploy.ops.triton.quant_packed import PackedConfig, packed_gemm
+from lmdeploy.ops.triton.quant_packed_codes import packed_codes_gemm
+from lmdeploy.ops.triton.quantize import triton_quantize_tokens
 from tests.ops.triton.conftest import INTERPRETED
 
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
@@ -89,3 +92,18 @@ def test_gated_products(device):
         found = packed_gemm(x, packed, CONFIGS[0], name, pdl=not INTERPRETED)
         assert off(found.cpu(), wanted) < ERROR
         assert off(packed_linear.reference(x, packed, name, False).cpu(), wanted) < ERROR
+
+
+@pytest.mark.parametrize(('zeros', 'split', 'columns'), [(True, 1, 16), (False, 2, 32)])
+def test_products_with_inputs_of_8_bits(zeros, split, columns, device):
+    n, k, rows = 136, 400, 20
+    packed, weight = codes_of(4, n, k, 128, zeros, '', device)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).to(device, HALF)
+    codes, scales = quantize_tokens.reference(x, 'int8', 0)
+    turned = turn(codes)
+    assert torch.equal(triton_quantize_tokens(x, 'int8', 0, True)[0], turned)
+    wanted = (codes.double() @ weight.double().t()) * scales
+    out = torch.empty(rows, n, device=device)
+    found = packed_codes_gemm(turned, scales, packed, PackedConfig(64, columns, split, 3), out, pdl=not INTERPRETED)
+    assert off(found, wanted) < 1e-6
+    assert off(packed_codes_linear.reference(turned, scales, packed, '', torch.float32), wanted) < 1e-5
