@@ -212,8 +212,8 @@ def _edge(fields: Fields, name: str, value: Any, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, dict):
-        sides = {value[key] for key in ('shortest_edge', 'height', 'width') if value.get(key) is not None}
-        value = sides.pop() if len(sides) == 1 else None
+        sides = [value[key] for key in ('shortest_edge', 'height', 'width') if value.get(key) is not None]
+        value = sides[0] if sides and all(side == sides[0] for side in sides) else None
     if type(value) is not int or not 0 < value <= 1 << 14:
         raise fields.bad(name, 'a length in pixels')
     return value

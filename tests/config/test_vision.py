@@ -164,3 +164,41 @@ def test_sections_that_do_not_fit_the_head(sections):
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(changed(QWEN, rope_scaling={'type': 'mrope', 'mrope_section': sections}))
     assert caught.value.code == 'LMD-113' and 'mrope_section' in str(caught.value)
+
+
+JUNK = [None, True, False, 0, -1, 1, 3, 10**12, 0.5, -2.5, float('inf'), '', 'x', [], [1, 2], ['x'], {}, {'x': 1}]
+
+
+def places(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all fields."""
+    found = []
+    for name, value in config.items():
+        found.append((*path, name))
+        found += places(value, (*path, name)) if isinstance(value, dict) else []
+    return found
+
+
+@pytest.mark.parametrize('config', [INTERN, INTERN_HF, LLAVA, NEXT, QWEN], ids=lambda c: c['architectures'][0])
+def test_any_value_of_any_field_is_read_or_refused(config):
+    pictures = {'size': {'shortest_edge': 336}, 'crop_size': {'height': 336, 'width': 336}, 'image_mean': [0.5] * 3,
+                'image_std': [0.5] * 3, 'resample': 3, 'do_rescale': True, 'rescale_factor': 1 / 255}  # fmt: skip
+    if config is QWEN:
+        pictures = {'size': {'shortest_edge': 3136, 'longest_edge': 10**6}, 'min_pixels': 3136, 'max_pixels': 10**6,
+                    'patch_size': 14, 'merge_size': 2, 'temporal_patch_size': 2}  # fmt: skip
+    read_vision(config, pictures)
+    whole = {'config': config, 'pictures': pictures}
+    for path in places(whole):
+        for junk in JUNK:
+            copy = json.loads(json.dumps(whole))
+            place = copy
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = junk
+            if not isinstance(copy['config'], dict) or not isinstance(copy['pictures'], dict):
+                continue
+            try:
+                vision = read_vision(copy['config'], copy['pictures'])
+                assert vision.tokens_per_tile >= 0 and len(vision.picture.levels()) == 3
+                ModelConfig.from_dict(copy['config'])
+            except ConfigError:
+                pass
