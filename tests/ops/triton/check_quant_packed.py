@@ -54,7 +54,7 @@ WEIGHTS = [(4, 128, True, ''), (4, 32, False, ''), (4, 64, True, ''), (2, 64, Tr
 @pytest.mark.parametrize(('bits', 'group', 'zeros', 'float8'), WEIGHTS)
 @pytest.mark.parametrize('config', CONFIGS, ids=str)
 def test_products(bits, group, zeros, float8, config, device):
-    n, k, rows = 200, 544, 3
+    n, k, rows = 136, 352, 3
     packed, weight = codes_of(bits, n, k, group, zeros, float8, device)
     assert torch.equal(unpack(packed, torch.float32), weight)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).to(device, HALF)

@@ -1,4 +1,4 @@
-"""The attention kernels, compiled for an H100 or H200 on a machine without one: what assembler and registers say."""
+"""Attention and quantised products, compiled for an H100 or H200 without one: what assembler and registers say."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 
 from lmdeploy.ops.triton import paged_attention_decode as decode
 from lmdeploy.ops.triton import paged_attention_prefill as prefill
+from lmdeploy.ops.triton import quant_packed as packed
+from lmdeploy.ops.triton import quant_packed_codes as packed_codes
 
 PTXAS = Path(nvidia.__file__).parent / 'bin' / 'ptxas'
 REGISTERS, SHARED = 65536, 228 * 1024  # of a multiprocessor; the system takes 1 KiB of each program's shared memory
@@ -85,3 +87,31 @@ def test_prefill(tmp_path):
         num_warps=config.num_warps)  # fmt: skip
     assert fits(binary, 2, tmp_path / 'prefill.ptx')
     assert 'wgmma.mma_async' in binary.asm['ptx']
+
+
+PACKED = {'words': '*i16', 'meta': '*i32', 'y': '*bf16', 'parts': '*fp32', 'arrived': '*i32', 'M': 'i32'}
+TILE = dict(bias=None, N=4096, K=4096, x_stride=4096, y_stride=4096, BN=128, GROUP=128, HALF=True, SPLIT=2,
+            GATE='silu', HAS_BIAS=False, EVEN_K=True, PDL=True, ASM=True)  # fmt: skip
+
+
+def in_registers(binary) -> bool:
+    """Whether the loop multiplies with what each thread has unpacked, and nothing goes through shared memory for it."""
+    text = binary.asm['ttgir']
+    loop = text[text.index('scf.for') : text.index('scf.yield')]
+    return 'local_alloc' not in loop and 'local_store' not in loop and 'wgmma.mma_async' in binary.asm['ptx']
+
+
+@pytest.mark.parametrize(('bits', 'codes', 'run'), [(4, 4, 4), (2, 8, 4), (3, 5, 1), (8, 2, 2)])
+def test_packed_codes(bits, codes, run, tmp_path):
+    binary = compiled(
+        packed._packed_kernel, PACKED | {'x': '*bf16'},
+        TILE | dict(BM=16, CODES=codes, BITS=bits, FLOAT8='', RUN=run, ZEROS=True, KIND='bf16', AHEAD=4096, STAGES=4),
+        num_warps=8, num_stages=4)  # fmt: skip
+    assert in_registers(binary) and fits(binary, 2, tmp_path / 'packed.ptx')
+
+
+def test_packed_codes_with_inputs_of_8_bits(tmp_path):
+    binary = compiled(packed_codes._codes_kernel, PACKED | {'x': '*i8', 'x_scales': '*fp32'},
+                      TILE | dict(BM=128, SPLIT=1, STAGES=3), num_warps=8, num_stages=3)  # fmt: skip
+    assert in_registers(binary) and fits(binary, 1, tmp_path / 'codes.ptx')
+    assert 's32.s8.s8' in binary.asm['ptx']
