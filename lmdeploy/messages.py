@@ -106,7 +106,9 @@ class GenerationConfig:
 class TurbomindEngineConfig:
     """Engine options under TurboMind's names: selects the graph runner of the one engine.
 
-    Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`.
+    Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`. Our own are
+    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF files
+    are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
     """
 
     dtype: str = 'auto'
@@ -152,13 +154,17 @@ class TurbomindEngineConfig:
     language_model_only: bool = False
     gemm_input_dtype: str | None = None
     moe_a2a_backend: str = 'auto'
+    lm_head_dtype: str = 'auto'
+    exact_weights: bool = False
 
 
 @dataclass
 class PytorchEngineConfig:
     """Engine options under the PyTorch engine's names: the same engine, with ``eager_mode`` and ``device_type``.
 
-    Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`.
+    Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`. Our own are
+    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF files
+    are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
     """
 
     dtype: str = 'auto'
@@ -211,6 +217,8 @@ class PytorchEngineConfig:
     dllm_confidence_threshold: float = 0.85
     kv_transfer_config: Any = None
     piecewise_cudagraph_max_tokens: int | None = None
+    lm_head_dtype: str = 'auto'
+    exact_weights: bool = False
 
 
 @dataclass

@@ -55,6 +55,8 @@ ENGINE_OPTIONS = (
     EngineOption('--enable-prefix-caching', 'enable_prefix_caching', 'enable_prefix_caching', bool,
                  'reuse the KV cache of prompts that begin alike'),
     EngineOption('--quant-policy', 'quant_policy', 'quant_policy', int, 'bits of the KV cache: 0 (as the model), 8, 4'),
+    EngineOption('--lm-head-dtype', 'lm_head_dtype', 'lm_head_dtype', str, 'output head: auto, int8 or fp8'),
+    EngineOption('--exact-weights', 'exact_weights', 'exact_weights', bool, 'dequantise GGUF weights when they load'),
     EngineOption('--model-format', 'model_format', 'model_format', str, 'storage of the weights (default: detected)'),
     EngineOption('--revision', 'revision', 'revision', str, 'branch, tag or commit on the hub'),
     EngineOption('--download-dir', 'download_dir', 'download_dir', str, 'folder for downloads'),

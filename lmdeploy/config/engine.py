@@ -21,6 +21,8 @@ class EngineConfig:
     block_size: int = 64
     prefix_caching: bool = False
     quant_policy: int = 0  # KV cache bits: 0 (as the model), 8, 4
+    head: str = ''  # codes of the output head: '' as it is stored | int8 | float8_e4m3fn
+    exact: bool = False  # block-quantised weights of GGUF files become dense ones
     max_step_tokens: int | None = None  # token budget of one step
     model_format: str | None = None  # None: what config.json says | hf: not quantised | a quant_method; checked
     load_format: str = 'auto'  # auto: the model's files | dummy: random weights from config.json alone

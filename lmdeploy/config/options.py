@@ -18,7 +18,7 @@ from lmdeploy.config.engine import EngineConfig
 from lmdeploy.config.quantization import METHODS
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig, VisionConfig
 
 PublicConfig = TurbomindEngineConfig | PytorchEngineConfig
 Fate = Literal['honoured', 'hint', 'elsewhere', 'refused']
@@ -28,6 +28,7 @@ DTYPES = {'auto': 'auto', 'float16': 'float16', 'bfloat16': 'bfloat16', 'float32
 DEVICES = {'cuda': 'auto', 'auto': 'auto', 'cpu': 'cpu'}  # 'cuda', the public default, means the best device there is
 LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 EXECUTORS = {None: 'auto', 'uni': 'local', 'mp': 'process'}
+HEADS = {'auto': '', 'int8': 'int8', 'fp8': 'float8_e4m3fn'}
 QUANT_POLICIES = {0: 0, 8: 8, 4: 4}
 MODEL_FORMATS = {None: None, 'hf': 'hf'} | {method: method for method in METHODS}
 MAX_COUNT = 1 << 24  # no sane length, batch or block count is larger; keeps hostile numbers away from allocations
@@ -116,6 +117,8 @@ SHARED = {
     'cache_max_entry_count': Rule('honoured', _cache),
     'enable_prefix_caching': _flag('prefix_caching'),
     'quant_policy': _choice('quant_policy', QUANT_POLICIES),
+    'lm_head_dtype': _choice('head', HEADS),
+    'exact_weights': _flag('exact'),
     'max_prefill_token_num': _count('max_step_tokens', zero=None),
     'model_format': _choice('model_format', MODEL_FORMATS),
     'download_dir': Rule('elsewhere', _folder),
@@ -206,8 +209,8 @@ def log_level_of(value: Any) -> int:
     return number
 
 
-def normalise(public: PublicConfig | None) -> EngineConfig:
-    """The EngineConfig that ``public`` (None: ``TurbomindEngineConfig()``) asks for; pure.
+def normalise(public: PublicConfig | None, vision: VisionConfig | None = None) -> EngineConfig:
+    """The EngineConfig that ``public`` (None: ``TurbomindEngineConfig()``) and ``vision`` ask for; pure.
 
     Raises:
         ConfigError: a field has an impossible value, or asks for what this version cannot do.
@@ -225,4 +228,17 @@ def normalise(public: PublicConfig | None) -> EngineConfig:
             if rule.fate == 'refused':
                 raise ConfigError('LMD-227', field=spec.name, value=value, default=spec.default)
             get_logger().debug('%s=%r is a hint that changes nothing here', spec.name, value)
-    return EngineConfig(**chosen)
+    return EngineConfig(**chosen, max_pictures=_max_pictures(vision))
+
+
+def _max_pictures(vision: VisionConfig | None) -> int | None:
+    """What ``VisionConfig.max_batch_size`` means: its default of 1 leaves it to the engine, more is a limit."""
+    if vision is None:
+        return None
+    if not isinstance(vision, VisionConfig):
+        raise ConfigError('LMD-228', field='vision_config', given=type(vision).__name__, wanted='a VisionConfig')
+    size = vision.max_batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_COUNT:
+        raise ConfigError('LMD-228', field='VisionConfig.max_batch_size', given=type(size).__name__ if not isinstance(size, int) else f'{size}',
+                          wanted='a whole number from 1')
+    return size if size > 1 else None

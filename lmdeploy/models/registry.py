@@ -16,6 +16,7 @@ from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.spec import DecoderSpec
 from lmdeploy.models.vision.language import inside
 from lmdeploy.nn.build import Build
+from lmdeploy.quant.kernels.cpu import keeps_blocks
 from lmdeploy.quant.policy import QuantPolicy
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
@@ -76,4 +77,5 @@ def build_model(config: ModelConfig, build: Build) -> CausalLM:
     Raises:
         ConfigError: as :func:`decoder_spec`.
     """
-    return Decoder(decoder_spec(config), replace(build, policy=QuantPolicy(config.quantization)))
+    blocks = not build.exact and keeps_blocks(build.device, build.dtype)
+    return Decoder(decoder_spec(config), replace(build, policy=QuantPolicy(config.quantization, blocks)))

@@ -15,6 +15,8 @@ class Build:
     """Type and place of the activations, the ranks that share the model, how its layers and its cache are stored.
 
     Attributes:
+        exact: block-quantised weights of GGUF files become dense ones when they load.
+        head: what the codes of the output head are: ``'int8'`` or ``'float8_e4m3fn'``; ``''``: as it is stored.
         kv_bits: of the codes in the KV cache; 0: it holds numbers of ``dtype``.
     """
 
@@ -23,3 +25,5 @@ class Build:
     group: Group = ALONE
     policy: QuantPolicy = field(default_factory=QuantPolicy)
     kv_bits: int = 0
+    exact: bool = False
+    head: str = ''

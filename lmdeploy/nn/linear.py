@@ -14,12 +14,14 @@ from lmdeploy.nn.build import Build
 from lmdeploy.ops.quantize import CodesOf, TokenCodes
 from lmdeploy.parallel.group import Group
 from lmdeploy.parallel.split import Split
+from lmdeploy.quant.blocks import alike
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import KernelCase, LinearKernel, TakesCodes, choose_kernel
 from lmdeploy.quant.rows import join
 from lmdeploy.quant.shard import slice_inputs, slice_outputs
 from lmdeploy.quant.transform import transformed, without_transform
 from lmdeploy.weights.checkpoint import Prefix
+from lmdeploy.weights.dequant import BLOCK_TYPES
 
 
 class Linear:
@@ -65,7 +67,7 @@ class Linear:
         parts = [read_bundle(self.build, prefix, self.in_features, out, self.bias)
                  for prefix, out in zip(prefixes, self.out_features, strict=True)]  # fmt: skip
         try:
-            joined = join(parts)
+            joined = join(alike(parts))
         except ValueError as error:
             raise _mixed(prefixes, error) from None
         self.set(joined)
@@ -76,6 +78,8 @@ class Linear:
 
     def put(self, bundle: LinearBundle) -> None:
         """As :meth:`set`, a bundle that is this rank's part of the layer."""
+        if self.build.policy.blocks:
+            bundle = alike((bundle,))[0]
         case = KernelCase(bundle.scheme, self.build.dtype, self.build.device, bundle.out_features, bundle.in_features)
         self.kernel = choose_kernel(case)
         self.added = bundle.bias
@@ -161,7 +165,8 @@ def check_parts(build: Build, prefixes: Sequence[Prefix], in_features: int, out_
             raise LoadError('LMD-133', tensor=f'{prefix.path}.weight', file=prefix.checkpoint.path, found=found,
                             wanted=wanted)  # fmt: skip
         first = first or layout
-        if layout.scheme != first.scheme:
+        schemes = {layout.scheme, first.scheme}
+        if len(schemes) > 1 and not {scheme.name for scheme in schemes} <= BLOCK_TYPES.keys():
             raise _mixed(prefixes, f'stored as {first.scheme} beside {layout.scheme}')
         if layout.transform != first.transform:
             raise _mixed(prefixes, f'inputs transformed by {first.transform!r} beside {layout.transform!r}')

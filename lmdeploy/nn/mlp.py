@@ -13,6 +13,7 @@ from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, check_parts, read_bundle
 from lmdeploy.ops.quantize import CodesOf, TokenCodes
 from lmdeploy.parallel.split import Split, share_channels
+from lmdeploy.quant.blocks import alike
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels import GatedKernel, GatedTakesCodes, KernelCase, choose_gated
 from lmdeploy.quant.shard import slice_outputs
@@ -49,7 +50,8 @@ class GatedLinear:
         Raises:
             LoadError: a tensor is missing or has the wrong shape.
         """
-        self.set(*(read_bundle(self.build, p, self.in_features, self.out_features, self.bias) for p in (gate, up)))
+        parts = [read_bundle(self.build, p, self.in_features, self.out_features, self.bias) for p in (gate, up)]
+        self.set(*alike(parts))
 
     def set(self, gate: LinearBundle, up: LinearBundle) -> None:
         """Take two bundles of whole layers as the parameters; they are given to the kernel and not kept."""
@@ -81,14 +83,18 @@ class GatedMLP:
     """``down(activation(gate(x)) * up(x))``: ``[T, hidden_size]`` to the same, over ``intermediate_size`` channels."""
 
     def __init__(self, build: Build, hidden_size: int, intermediate_size: int, activation: str, bias: bool) -> None:
-        ranks = range(build.group.size)
-        shares = None if len(ranks) == 1 else [
-            torch.tensor(share_channels(intermediate_size, rank, len(ranks))) for rank in ranks]
+        shares = channel_shares(build, intermediate_size)
         self.gate_up = GatedLinear(build, hidden_size, intermediate_size, activation, bias, shares)
         self.down = Linear(build, intermediate_size, (hidden_size,), bias, Split.IN, shares)
 
     def __call__(self, x: Tensor | TokenCodes) -> Tensor:
         return self.down(self.gate_up(x, self.down.takes))
+
+
+def channel_shares(build: Build, channels: int) -> list[Tensor] | None:
+    """For every rank, the index of its part of a layer's inner channels; None: there is one rank."""
+    ranks = range(build.group.size)
+    return None if len(ranks) == 1 else [torch.tensor(share_channels(channels, rank, len(ranks))) for rank in ranks]
 
 
 class MLP:
@@ -103,8 +109,9 @@ class MLP:
     def __init__(self, build: Build, in_features: int, hidden_features: int, activation: str,
                  out_features: int | None = None, bias: bool = True) -> None:  # fmt: skip
         self.activation = activation
-        self.up = Linear(build, in_features, (hidden_features,), bias, Split.OUT)
-        self.down = Linear(build, hidden_features, (out_features or in_features,), bias, Split.IN)
+        shares = channel_shares(build, hidden_features)
+        self.up = Linear(build, in_features, (hidden_features,), bias, Split.OUT, shares)
+        self.down = Linear(build, hidden_features, (out_features or in_features,), bias, Split.IN, shares)
 
     def load(self, up: Prefix, down: Prefix) -> None:
         """Pull both linears from the checkpoint.

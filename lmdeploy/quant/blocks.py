@@ -44,21 +44,29 @@ def four_bits(bundle: LinearBundle) -> Nibbles:
 
 
 def by_channel(bundle: LinearBundle) -> LinearBundle:
-    """The nearest weight of 8-bit codes with one scale for each output, in bfloat16.
+    """The nearest weight of 8-bit codes with one scale for each output.
 
     An element is off by half a step at most: by 1/254 of the largest weight of its output.
     """
-    codes = torch.empty(bundle.out_features, bundle.in_features, dtype=torch.int8)
-    scales = torch.empty(1, bundle.out_features, dtype=torch.bfloat16)
+    return rounded(bundle, CHANNELWISE)
+
+
+def rounded(bundle: LinearBundle, storage: Storage) -> LinearBundle:
+    """The nearest weight that is stored as ``storage`` says, of 8-bit codes with scales in bfloat16 for each output."""
+    assert storage.bits == 8 and not storage.group
+    kind = torch.int8 if storage.kind == 'int' else getattr(torch, storage.kind)
+    device = bundle.stored.device
+    codes = torch.empty(bundle.out_features, bundle.in_features, dtype=kind, device=device)
+    scales = torch.empty(1, bundle.out_features, dtype=torch.bfloat16, device=device)
     plain = replace(bundle, bias=None)
     step = max(1, CHUNK // max(1, bundle.in_features))
     for start in range(0, bundle.out_features, step):
-        index = torch.arange(start, min(start + step, bundle.out_features))
+        index = torch.arange(start, min(start + step, bundle.out_features), device=device)
         weight = dequantize_bundle(take_outputs(plain, index), torch.float32)
-        rounded = round_weight(weight, CHANNELWISE, scales.dtype)
-        assert rounded.codes is not None and rounded.scales is not None
-        codes[start : start + step], scales[:, start : start + step] = rounded.codes.t(), rounded.scales
-    return LinearBundle(scheme_of(CHANNELWISE), bundle.out_features, bundle.in_features, codes=codes.t(),
+        part = round_weight(weight, storage, scales.dtype)
+        assert part.codes is not None and part.scales is not None
+        codes[start : start + step], scales[:, start : start + step] = part.codes.t(), part.scales
+    return LinearBundle(scheme_of(storage), bundle.out_features, bundle.in_features, codes=codes.t(),
                         scales=scales, bias=bundle.bias, input_transform=bundle.input_transform)  # fmt: skip
 
 

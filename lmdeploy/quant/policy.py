@@ -14,6 +14,7 @@ from lmdeploy.quant.formats.base import FLOATS, Layout, WeightFormat, unlike
 from lmdeploy.quant.formats.compressed import PackedFormat, compressed_scaled
 from lmdeploy.quant.formats.dense import DenseFormat
 from lmdeploy.quant.formats.fp8 import fp8_format
+from lmdeploy.quant.formats.gguf import GGUFFormat, holds_blocks
 from lmdeploy.quant.formats.gptq import GPTQFormat
 from lmdeploy.quant.formats.rounded import RoundedFormat
 from lmdeploy.quant.formats.smooth import smooth_format
@@ -37,9 +38,13 @@ class QuantPolicy:
 
     A layer that they do not name is dense. A layer that they name may be dense too: that shows in its tensors, and not
     every tool lists what it left alone. Made-up weights are quantised when they load.
+
+    Attributes:
+        blocks: block-quantised tensors of GGUF files stay as they are; else they are dequantised when they load.
     """
 
     quantization: Quantization | None = None
+    blocks: bool = False
 
     def format(self, prefix: Prefix) -> WeightFormat:
         """The format of the layer below ``prefix``.
@@ -55,6 +60,8 @@ class QuantPolicy:
             return form
         if storage is not None and prefix.checkpoint.dummy:
             return RoundedFormat(storage)
+        if self.blocks and holds_blocks(prefix):
+            return GGUFFormat()
         dense = DenseFormat('' if self.quantization is None else self.quantization.transform(prefix.path))
         if dense.detect(tensors) and prefix.dtype_name('weight') in (*FLOATS, 'F64', *BLOCK_TYPES):
             return dense

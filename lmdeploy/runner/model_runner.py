@@ -108,7 +108,8 @@ class ModelRunner:
             free = self._prepare(checkpoint).free
             with self._stage('weights', free):
                 build = Build(dtype=self.dtype, device=self.device, group=self.group,
-                              kv_bits=self.engine.quant_policy)  # fmt: skip
+                              kv_bits=self.engine.quant_policy, exact=self.engine.exact,
+                              head=self.engine.head)  # fmt: skip
                 self.model = build_model(self.model_config, build)
                 if self.device.type != 'cpu':
                     checkpoint.upload_to(self.device)

@@ -162,7 +162,9 @@ def test_quantised_inputs_by_integers(dtype, bits, group, symmetric, bias):
     bundle = quantised(bits, group, 'int8', symmetric, bias)
     one = case(dtype, bundle.scheme)
     kernel = choose_kernel(one)
-    assert kernel.name == 'quantised_input'
+    integers = bits == 8 and symmetric and features.int8_dot()
+    packed = bits == 4 and not group % 32 and dtype is torch.bfloat16 and features.packed_codes()
+    assert kernel.name == ('onednn_int8' if integers else 'cpu_int4_inputs' if packed else 'quantised_input')
     x = (torch.randn(9, 80) * 3).to(dtype)
     codes, scales = quantize_tokens(x, 'int8', 0)
     wanted, size = torch.zeros(9, 33, dtype=torch.float64), group or 80

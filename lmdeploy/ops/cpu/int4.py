@@ -58,8 +58,11 @@ class Int4Weight:
 
 
 def group_for(group: int, in_features: int) -> int:
-    """The size of GROUPS in which groups of ``group`` channels (0: all) can be had by repeating scales; 0: none."""
-    if not group or group >= in_features:
+    """The size of GROUPS in which groups of ``group`` channels can be had by repeating scales; 0: none.
+
+    ``group`` 0 means all channels, ``in_features`` 0 any number of them.
+    """
+    if not group or 0 < in_features <= group:
         return next((size for size in GROUPS if in_features % size == 0), GROUPS[-1])
     return next((size for size in GROUPS if group % size == 0), 0)
 

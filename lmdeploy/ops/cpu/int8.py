@@ -47,7 +47,8 @@ class Int8Weight:
 
     def rows(self, ids: Tensor) -> Tensor:
         """The weights ``[n, in] float32`` of the outputs ``ids [n]``."""
-        return self.codes[ids, : self.in_features].float() * self.scales[ids].float().unsqueeze(1)
+        rows = self.codes[ids, : self.in_features].float() * self.scales[ids].float().unsqueeze(1)
+        return rows if self.perm is None else torch.empty_like(rows).index_copy_(1, self.perm, rows)
 
 
 def pack_int8(codes: Tensor, scales: Tensor) -> Int8Weight:

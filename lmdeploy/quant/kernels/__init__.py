@@ -5,7 +5,7 @@ Candidates are ordered; the first without a reason against it is taken. If all r
 
 from __future__ import annotations
 
-from lmdeploy.quant.kernels.base import GatedKernel, GatedTakesCodes, KernelCase, LinearKernel, TakesCodes
+from lmdeploy.quant.kernels.base import GatedKernel, GatedTakesCodes, HasRows, KernelCase, LinearKernel, TakesCodes
 from lmdeploy.quant.kernels.choice import (
     GATED,
     LINEAR,
@@ -32,6 +32,7 @@ __all__ = [
     'GATED',
     'GatedKernel',
     'GatedTakesCodes',
+    'HasRows',
     'Int4',
     'Int4Inputs',
     'Int8',

@@ -65,6 +65,14 @@ class GatedKernel(Protocol):
 
 
 @runtime_checkable
+class HasRows(Protocol):
+    """A linear kernel that tells what it multiplies with, for results that are worth being computed again."""
+
+    def rows(self, ids: Tensor, packed: Any) -> Tensor:
+        """The weights ``[n, in] float32`` of the outputs ``ids [n]``."""
+
+
+@runtime_checkable
 class TakesCodes(Protocol):
     """A linear kernel whose inputs may be quantised by what makes them, such as a norm."""
 

@@ -65,6 +65,9 @@ class Int8:
     def apply_float(self, x: Tensor, packed: int8.Int8Weight) -> Tensor:
         return int8.int8_linear(x, packed).float()
 
+    def rows(self, ids: Tensor, packed: int8.Int8Weight) -> Tensor:
+        return packed.rows(ids)
+
     def rounds(self, case: KernelCase) -> bool:
         return True
 
@@ -149,6 +152,11 @@ class Int4Inputs:
         return True
 
 
+def keeps_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether GGUF blocks are multiplied here without becoming a dense weight first."""
+    return device.type == 'cpu' and dtype is torch.bfloat16 and features.packed_codes()
+
+
 def pack_int4(bundle: LinearBundle) -> int4.Int4Weight:
     """What :class:`Int4` multiplies with, of any bundle that it takes."""
     if bundle.scheme.name in FOUR_BITS:
@@ -184,7 +192,7 @@ def _refuse_int4(case: KernelCase) -> list[str]:
     scheme = case.scheme
     if scheme.name not in FOUR_BITS and (scheme.name != 'int' or scheme.bits > 4):
         return [f'needs integers of at most 4 bits or {", ".join(sorted(FOUR_BITS))}']
-    if not int4.group_for(scheme.group, case.in_features or scheme.group):
+    if not int4.group_for(scheme.group, case.in_features):
         return [f'needs groups of a multiple of {int4.GROUPS[-1]} channels, not of {scheme.group}']
     return []
 
