@@ -81,7 +81,7 @@ class Job:
     source: Source
     options: Options
     device: torch.device
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     recipe: Recipe
     calibration: Calibration
     judged: list[tuple[str, Calibration]]

@@ -61,7 +61,7 @@ class Gatherer:
 
 
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a^T b`` in float32, also of 16-bit values, whose products a GPU sums up so without a copy in float32."""
+    """``total += a^T b`` in float32; a GPU sums up 16-bit values so without a copy of them."""
     if a.dtype is torch.float32:
         total.addmm_(a.t(), b)
     elif a.device.type == 'cpu':
