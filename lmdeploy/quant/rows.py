@@ -46,6 +46,7 @@ def join(bundles: Sequence[LinearBundle]) -> LinearBundle:
 
 def take_outputs(bundle: LinearBundle, index: Tensor) -> LinearBundle:
     """The layer of the output features ``index [n] int64``, in that order."""
+    index = index.to(bundle.stored.device)
 
     def pick(tensor: Tensor | None, dim: int) -> Tensor | None:
         return None if tensor is None else tensor.index_select(dim, index)

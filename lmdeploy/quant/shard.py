@@ -38,8 +38,7 @@ class InputSlice:
 
 def slice_outputs(bundle: LinearBundle, index: Tensor) -> LinearBundle:
     """The layer of the outputs ``index [n] int64``, with outputs of zeros where it is -1."""
-    index = index.to(bundle.stored.device)
-    padded = (index < 0).nonzero()[:, 0]
+    padded = (index < 0).nonzero()[:, 0].to(bundle.stored.device)
     taken = take_outputs(bundle, index.clamp(min=0))
     if not len(padded):
         return taken

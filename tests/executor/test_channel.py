@@ -45,7 +45,8 @@ def plan(**changes) -> StepPlan:
     opened = OpenSlot(1, SamplingParams(temperature=0.5, stop_ids=(1, 2), bad_sequences=((3, 4), (5,)),
                                         logit_bias=((7, -math.inf),), logits_processors=(max, min)),
                       np.arange(5, dtype=np.int32), 4, ((0, 2, 2),))  # fmt: skip
-    picture = Encode(b'\0digest\xff', 2, np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2), Layout((2, 2), (1, 1), 2, 8, 8))
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
+    picture = Encode(b'\0digest\xff', 2, pixels, Layout((2, 2), (1, 1), 2, 8, 8))
     values = {'step': 7, 'slots': ints, 'starts': ints, 'query_start': np.arange(4, dtype=np.int32), 'tokens': ints,
               'block_start': np.zeros(4, np.int32), 'blocks': np.empty(0, np.int32), 'outputs': np.ones(3, np.uint8),
               'sample': np.array([True, False, True]), 'drafts': np.zeros(3, np.int32), 'opened': (opened,),

@@ -44,7 +44,8 @@ def requests() -> list[EngineInput]:
         EngineInput('drawn', prompts[2], SamplingParams(max_new_tokens=12, greedy=False, temperature=1.5, seed=9)),
         EngineInput('processed', prompts[3], SamplingParams(
             max_new_tokens=6, logits_processors=(lambda ids, row: torch.roll(row, 1 + len(ids) % 3),))),
-        EngineInput('raises', prompts[0], SamplingParams(max_new_tokens=6, logits_processors=(lambda ids, row: 1 / 0,))),
+        EngineInput('raises', prompts[0], SamplingParams(
+            max_new_tokens=6, logits_processors=(lambda ids, row: 1 / 0,))),
     ]  # fmt: skip
 
 
