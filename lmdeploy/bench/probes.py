@@ -134,6 +134,18 @@ def _quantize(bench: Bench, name: str) -> Work:
     return f'[{rows}, {width}]', rows * width * (read * bench.dtype.itemsize + written + 1), 0.0, make
 
 
+def _round_columns(bench: Bench, name: str) -> Work:
+    op, width = registered(bench.device.type)[name], bench.config.hidden_size
+    block = 128
+
+    def make() -> Call:
+        targets, mixing, scales = (bench.random(rows, size, dtype=torch.float32) for rows, size in (
+            (block, width), (block, block), (block, width)))
+        return lambda: op(targets, mixing, scales, None, -8, 7, None)
+
+    return f'[{block}, {width}]', 18 * block * width, 2.0 * block * block * width / 2, make
+
+
 def _embed(bench: Bench, name: str) -> Work:
     op, config = registered(bench.device.type)[name], bench.config
     table = bench.random(config.vocab_size, config.hidden_size)
@@ -298,6 +310,7 @@ OPS: dict[str, Callable[[Bench, str], Work]] = {
     'contain_non_finite': _logits, 'greedy': _logits, 'ranked': _logits,
     'log_normaliser': _logits, 'draw': _logits, 'sample_slots': _logits, 'decode_inputs': _decode_inputs,
     'chunk_inputs': _chunk_inputs, 'keep_results': _keep_results, 'hadamard': _hadamard,
+    'round_columns': _round_columns,
     'quantize_tokens': _quantize, 'quantize_static': _quantize, 'rms_norm_quantize': _quantize,
     'add_rms_norm_quantize': _quantize, 'gate_mul_quantize': _quantize,
 }

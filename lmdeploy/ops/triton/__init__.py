@@ -14,9 +14,10 @@ from lmdeploy.ops.triton import (
     quant_scaled,
     quantize,
     rope,
+    round_columns,
     sample,
     step,
 )
 
-__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'layer_norm', 'logits', 'norm',
-           'quant_packed', 'quant_packed_codes', 'quant_scaled', 'quantize', 'rope', 'sample', 'step']  # fmt: skip
+__all__ = ['activation', 'embedding', 'gemm', 'hadamard', 'kv_codes', 'layer_norm', 'logits', 'norm', 'quant_packed',
+           'quant_packed_codes', 'quant_scaled', 'quantize', 'rope', 'round_columns', 'sample', 'step']  # fmt: skip
