@@ -34,7 +34,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
         log_level: of the package's logger.
         max_log_len: accepted; prompts are never logged.
         model_name: the name that the model goes by; None: ``model_path`` as typed.
-        vision_config: accepted for models that read text only.
+        vision_config: options of the vision encoder; accepted for models that read text only.
         trust_remote_code: accepted, with a warning: code in a model's folder is never run.
 
     Raises:
@@ -45,7 +45,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     logger = log.get_logger()
     if trust_remote_code:
         logger.warning('trust_remote_code changes nothing: code in a model folder is never run')
-    config = normalise(backend_config)
+    config = normalise(backend_config, vision_config)
 
     from lmdeploy.chat import resolve_template
     from lmdeploy.config.encoder import refuse_encoder
@@ -53,6 +53,7 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
     from lmdeploy.engine.core import EngineCore
     from lmdeploy.executor.choice import make_executor
     from lmdeploy.frontend.frontend import AsyncFrontend
+    from lmdeploy.frontend.pictures import pictures_of
     from lmdeploy.hub.resolve import resolve
     from lmdeploy.pipe import Pipeline
     from lmdeploy.tokenizer import Tokenizer
@@ -80,7 +81,8 @@ def pipeline(model_path: str, backend_config: PublicConfig | None = None,
         client.close()
         executor.stop()
 
-    frontend = AsyncFrontend(client, tokenizer, template, capacity, executor.model_config.context_len)
+    frontend = AsyncFrontend(client, tokenizer, template, capacity, executor.model_config.context_len,
+                             pictures=pictures_of(files.path, tokenizer, capacity))
     logger.info(start_line(capacity))
     return Pipeline(frontend, model_name=model_name or model_path, stop=stop,
                     backend='pytorch' if isinstance(backend_config, PytorchEngineConfig) else 'turbomind',

@@ -13,17 +13,19 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from lmdeploy.chat.messages import get_text
 from lmdeploy.engine.plan import Logprobs
-from lmdeploy.engine.request import EngineInput, Grammar, TokenDelta
+from lmdeploy.engine.request import EngineInput, Grammar, ImageSpan, TokenDelta
 from lmdeploy.engine.sampling import Rows, SamplingParams
 from lmdeploy.errors import EngineDead, LmdeployError, RequestError
 from lmdeploy.executor.base import Capacity
 from lmdeploy.frontend import params
+from lmdeploy.frontend.pictures import Pictures
 from lmdeploy.frontend.prompts import Prompt
 from lmdeploy.grammar.checker import Checker
 from lmdeploy.grammar.compiler import Compiler
@@ -76,6 +78,7 @@ class Prepared:
     choices: list[SamplingParams]
     rules: params.TextRules
     grammar: Source | None = None
+    images: tuple[ImageSpan, ...] = ()
 
 
 class AsyncFrontend:
@@ -88,16 +91,18 @@ class AsyncFrontend:
         capacity: what the started engine holds.
         model_len: the context length that the model was made for, for the error text.
         grammars: makes what a request's grammar is for the engine; None: compiles it, for an engine in this process.
+        pictures: puts pictures into prompts; None: the model reads text only.
     """
 
     def __init__(self, client: EngineClient, tokenizer: Any, template: Any, capacity: Capacity, model_len: int,
-                 grammars: Compiler | Checker | None = None) -> None:
+                 grammars: Compiler | Checker | None = None, pictures: Pictures | None = None) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
         self.capacity = capacity
         self.model_len = model_len
         self.grammars = grammars or Compiler(tokenizer, capacity.vocab_size, sandbox=Sandbox())
+        self.pictures = pictures
         self._ids = itertools.count()
 
     def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True,
@@ -114,7 +119,8 @@ class AsyncFrontend:
         if self.capacity.pooling is not None:
             return self._prepare_pooled(prompt, pooled)
         params.check(gen, self.capacity.vocab_size)
-        tokens = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking, chat_template_kwargs)
+        tokens, images = self._tokens(prompt, do_preprocess, sequence_start, tools, enable_thinking,
+                                      chat_template_kwargs)
         if not tokens:
             raise RequestError('LMD-302')
         session_len = self.capacity.session_len
@@ -124,13 +130,13 @@ class AsyncFrontend:
         stops = self.template.stop_words if do_preprocess or prompt.messages else ()
         choices, rules = params.resolve(gen, self.tokenizer, stops, prompt_len=len(tokens), session_len=session_len,
                                         continues=prompt.text is not None and not do_preprocess)
-        return Prepared(tokens, choices, rules, read_format(gen.response_format))
+        return Prepared(tokens, choices, rules, read_format(gen.response_format), images)
 
     def _prepare_pooled(self, prompt: Prompt, pooled: bool) -> Prepared:
         """A request of an encoder."""
         if not pooled:
             raise RequestError('LMD-308')
-        tokens = self._tokens(prompt, False, True, None, None, None)
+        tokens, _ = self._tokens(prompt, False, True, None, None, None)
         if not tokens:
             raise RequestError('LMD-302')
         if len(tokens) > self.capacity.session_len:
@@ -152,27 +158,39 @@ class AsyncFrontend:
         return f'{len(prompt.messages)} messages; ' + ', '.join(f'{k} {v}' for k, v in counts.items() if v)
 
     def _tokens(self, prompt: Prompt, do_preprocess: bool, sequence_start: bool, tools: list[dict] | None,
-                enable_thinking: bool | None, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
+                enable_thinking: bool | None, chat_template_kwargs: dict[str, Any] | None
+                ) -> tuple[list[int], tuple[ImageSpan, ...]]:
         if prompt.token_ids is not None:
             for token in prompt.token_ids:
                 if not 0 <= token < self.capacity.vocab_size:
                     raise RequestError('LMD-305', token=token, vocab_size=self.capacity.vocab_size)
-            return list(prompt.token_ids)
-        self._refuse_huge(prompt)
-        if prompt.text is not None and not do_preprocess:
-            # a raw prompt is the operator's own text: control tokens in it act
-            return self.tokenizer.encode(prompt.text, add_bos=sequence_start)
-        messages = prompt.messages if prompt.messages is not None else [{'role': 'user', 'content': prompt.text}]
-        more = {'chat_template_kwargs': chat_template_kwargs} if chat_template_kwargs else {}
-        segments = self.template.render(messages, sequence_start=sequence_start, tools=tools,
-                                        enable_thinking=enable_thinking, **more)
-        return self.tokenizer.encode_segments(segments, add_bos=sequence_start and self.template.add_bos)
-
-    def _refuse_huge(self, prompt: Prompt) -> None:
-        if prompt.text is not None:
-            chars = len(prompt.text)
+            return list(prompt.token_ids), ()
+        raw = prompt.text is not None and not do_preprocess
+        messages: list[Any] = [{'role': 'user', 'content': prompt.text}] if prompt.messages is None else prompt.messages
+        marked: Any = None
+        if prompt.has_pictures:
+            if self.pictures is None:
+                raise RequestError('LMD-304')
+            marked = self.pictures.mark(messages if prompt.text is None else prompt.text, prompt.images)
+            messages = marked.messages
+        self._refuse_huge(messages)
+        # a raw prompt is the operator's own text: control tokens in it act
+        if raw:
+            segments, add_bos = [(messages[0]['content'], True)], sequence_start
         else:
-            chars = sum(map(_chars, prompt.messages or ()))
+            more = {'chat_template_kwargs': chat_template_kwargs} if chat_template_kwargs else {}
+            segments = self.template.render(messages, sequence_start=sequence_start, tools=tools,
+                                            enable_thinking=enable_thinking, **more)
+            add_bos = sequence_start and self.template.add_bos
+        if marked is not None:
+            assert self.pictures is not None
+            return self.pictures.assemble(segments, marked, add_bos)
+        if raw:
+            return self.tokenizer.encode(messages[0]['content'], add_bos=add_bos), ()
+        return self.tokenizer.encode_segments(segments, add_bos=add_bos), ()
+
+    def _refuse_huge(self, messages: list[Any]) -> None:
+        chars = sum(map(_chars, messages))
         if chars > MAX_CHARS_PER_TOKEN * self.capacity.session_len:
             raise RequestError('LMD-307', chars=chars, session_len=self.capacity.session_len)
 
@@ -185,8 +203,10 @@ class AsyncFrontend:
         ``gen.n`` has been checked (:func:`lmdeploy.frontend.params.check`).
         """
         try:
-            prepared = self.prepare(prompt, gen, do_preprocess=do_preprocess, tools=tools,
-                                    enable_thinking=enable_thinking)
+            prepare = partial(self.prepare, prompt, gen, do_preprocess=do_preprocess, tools=tools,
+                              enable_thinking=enable_thinking)
+            # pictures are fetched, decoded and cut apart from the loop
+            prepared = await asyncio.to_thread(prepare) if prompt.has_pictures else prepare()
             answers = await self.submit(prepared, salt=salt, name=name)
         except LmdeployError as error:
             for choice in range(gen.n):
@@ -212,7 +232,7 @@ class AsyncFrontend:
         group = name or self.new_name()
         share = group if len(prepared.choices) > 1 else None
         inputs = [EngineInput(id=f'{group}.{i}', tokens=prepared.tokens, params=choice, salt=salt, tenant=tenant,
-                              share=share, grammar=grammars[i])
+                              share=share, grammar=grammars[i], images=prepared.images)
                   for i, choice in enumerate(prepared.choices)]
         streams = [self._answer(request, prepared.rules, i) for i, request in enumerate(inputs)]
         return streams[0] if len(streams) == 1 else merge(streams)

@@ -11,24 +11,35 @@ from lmdeploy.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: exactly one of the three is not None.
+    """One prompt: exactly one of the first three is not None.
 
     Attributes:
         text: a user's turn (or, without a chat template, the raw text).
         messages: an OpenAI-style conversation.
         token_ids: ready tokens; no template, no tokenizer.
+        images: the pictures of ``text``, in any form that ``load_image`` takes.
     """
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     token_ids: list[int] | None = None
+    images: tuple[Any, ...] = ()
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a part of it is something else than text or tokens."""
+        return bool(self.images) or any(
+            isinstance(part, dict) and part.get('type', 'text') != 'text'
+            for message in self.messages or () if isinstance(message, dict)
+            and isinstance(message.get('content'), (list, tuple)) for part in message['content'])
 
 
 def classify(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
     """Sort out what ``pipe(...)`` was given.
 
-    ``str``, one list of messages and one list of token ids are single prompts; a list of any of these is a batch. A
-    list whose first element is a dict is one conversation, a list of integers one tokenised prompt.
+    ``str``, ``(str, picture or list of pictures)``, one list of messages and one list of token ids are single prompts; a
+    list of any of these is a batch. A list whose first element is a dict is one conversation, a list of integers one
+    tokenised prompt.
 
     Returns:
         The prompts, an error in the place of each that has no known form, and whether it was a single one.
@@ -50,7 +61,10 @@ def _one(prompt: Any) -> Prompt | RequestError:
     if isinstance(prompt, str):
         return Prompt(text=prompt)
     if isinstance(prompt, tuple):
-        return RequestError('LMD-304')
+        if len(prompt) == 2 and isinstance(prompt[0], str) and prompt[1] is not None:
+            images = prompt[1] if isinstance(prompt[1], (list, tuple)) else (prompt[1],)
+            return Prompt(text=prompt[0], images=tuple(images))
+        return RequestError('LMD-303', given=_describe(prompt))
     if isinstance(prompt, list) and prompt:
         if all(isinstance(m, dict) for m in prompt):
             return Prompt(messages=prompt)

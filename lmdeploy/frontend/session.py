@@ -34,7 +34,7 @@ class Session:
         return self._response
 
     def messages(self, prompt: Any) -> list[dict[str, Any]]:
-        """The conversation with ``prompt`` (a text or a list of messages) as its new turn."""
+        """The conversation with ``prompt`` (a text, one with pictures, or a list of messages) as its new turn."""
         turns: list[dict[str, Any]] = []
         for said, answer in self.history:
             turns += [*_turn(said), {'role': 'assistant', 'content': answer}]
@@ -83,4 +83,9 @@ class Session:
 
 
 def _turn(prompt: Any) -> list[dict[str, Any]]:
+    if isinstance(prompt, tuple):
+        text, images = prompt
+        pictures = images if isinstance(images, (list, tuple)) else (images,)
+        return [{'role': 'user', 'content': [{'type': 'text', 'text': text},
+                                             *({'type': 'image', 'image': image} for image in pictures)]}]
     return prompt if isinstance(prompt, list) else [{'role': 'user', 'content': prompt}]

@@ -35,4 +35,5 @@ def test_a_bad_prompt_in_a_batch_spoils_only_its_place():
     prompts, single = classify(['a', None, [], [True, 2], ('look', 'image.png'), 'b'])
     assert not single
     codes = [p.code if isinstance(p, RequestError) else p for p in prompts]
-    assert codes == [Prompt(text='a'), 'LMD-303', 'LMD-303', 'LMD-303', 'LMD-304', Prompt(text='b')]
+    assert codes == [Prompt(text='a'), 'LMD-303', 'LMD-303', 'LMD-303', Prompt(text='look', images=('image.png',)),
+                     Prompt(text='b')]
