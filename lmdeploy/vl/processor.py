@@ -95,9 +95,11 @@ def rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-def channels_first(*tiles: Image.Image) -> np.ndarray:
-    """``[n, 3, H, W] uint8`` of RGB pictures of one size."""
-    return np.stack([np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1)) for tile in tiles])
+def cut(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """``[n, 3, height, width] uint8``: the tiles of an RGB picture, row by row; both sides are whole tiles."""
+    pixels = np.asarray(image)
+    tiles = pixels.reshape(pixels.shape[0] // height, height, pixels.shape[1] // width, width, 3)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 4, 1, 3)).reshape(-1, 3, height, width)
 
 
 def normalised(pixels: np.ndarray, picture: PictureConfig) -> np.ndarray:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from PIL import Image
 
 from lmdeploy.config.vision import Layout, VisionModelConfig, unpadded
-from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, channels_first, rgb
+from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, cut, rgb
 
 
 class AnyresProcessor:
@@ -37,10 +38,8 @@ class AnyresProcessor:
         width, height = _fit(image.size, canvas.size)
         corner = (canvas.width - width) // 2, (canvas.height - height) // 2
         canvas.paste(image.resize((width, height), resample), corner)
-        tiles = [image.resize((side, side), resample)]
-        tiles += [canvas.crop((side * column, side * row, side * (column + 1), side * (row + 1)))
-                  for row in range(rows) for column in range(columns)]
-        return Processed(channels_first(*tiles), layout)
+        thumbnail = cut(image.resize((side, side), resample), side, side)
+        return Processed(np.concatenate([thumbnail, cut(canvas, side, side)]), layout)
 
     def _canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width)."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image
 
 from lmdeploy.config.vision import MAX_TILES, Layout, VisionModelConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, channels_first, rgb
+from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, cut, rgb
 
 DETAILS = {'low': 6, 'medium': 12, 'high': 24}  # tiles at most
 
@@ -33,12 +34,10 @@ class InternVLProcessor:
     def process(self, image: Image.Image, options: ImageOptions = PLAIN) -> Processed:
         layout, side = self.layout(image.size, options), self.side
         image, (rows, columns) = rgb(image), layout.grid
-        whole = image.resize((side * columns, side * rows), self.picture.resample)
-        tiles = [whole.crop((side * column, side * row, side * (column + 1), side * (row + 1)))
-                 for row in range(rows) for column in range(columns)]
+        tiles = cut(image.resize((side * columns, side * rows), self.picture.resample), side, side)
         if layout.tiles > len(tiles):
-            tiles.append(image.resize((side, side), self.picture.resample))
-        return Processed(channels_first(*tiles), layout)
+            tiles = np.concatenate([tiles, cut(image.resize((side, side), self.picture.resample), side, side)])
+        return Processed(tiles, layout)
 
     def _grid(self, size: tuple[int, int], most: int) -> tuple[int, int]:
         """(columns, rows)."""

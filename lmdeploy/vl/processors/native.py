@@ -8,7 +8,7 @@ from PIL import Image
 
 from lmdeploy.config.vision import Layout, VisionModelConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, channels_first, check_shape, rgb
+from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, check_shape, cut, rgb
 
 
 class NativeProcessor:
@@ -29,7 +29,7 @@ class NativeProcessor:
         layout = self.layout(image.size, options)
         rows, columns = layout.grid
         image = rgb(image).resize((columns * self.unit, rows * self.unit), self.picture.resample)
-        return Processed(channels_first(image), layout)
+        return Processed(cut(image, image.height, image.width), layout)
 
     def _range(self, options: ImageOptions) -> tuple[int, int]:
         """The pixels that a picture is scaled to."""

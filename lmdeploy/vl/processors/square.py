@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from lmdeploy.config.vision import Layout, VisionModelConfig
-from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, channels_first, check_shape, rgb
+from lmdeploy.vl.processor import PLAIN, ImageOptions, Processed, check_shape, cut, rgb
 
 
 class SquareProcessor:
@@ -23,9 +23,9 @@ class SquareProcessor:
         layout, side = self.layout(image.size, options), self.side
         image = rgb(image)
         if self.picture.tiling == 'squash':
-            return Processed(channels_first(image.resize((side, side), self.picture.resample)), layout)
+            return Processed(cut(image.resize((side, side), self.picture.resample), side, side), layout)
         short, shorter = self.picture.resize, min(image.size)
         width, height = (short if edge == shorter else int(short * edge / shorter) for edge in image.size)
         image = image.resize((width, height), self.picture.resample)
         left, top = (width - side) // 2, (height - side) // 2
-        return Processed(channels_first(image.crop((left, top, left + side, top + side))), layout)
+        return Processed(cut(image.crop((left, top, left + side, top + side)), side, side), layout)
