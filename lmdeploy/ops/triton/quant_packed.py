@@ -43,7 +43,6 @@ from lmdeploy.ops.triton.launch import (
 )
 
 MOST_ROWS = 256  # beyond, a dense weight is made for cuBLAS
-MOST_COLUMNS = 128
 KINDS = {torch.bfloat16: 'bf16', torch.float16: 'f16'}
 _BYTES = {  # of float8 in 16 bits: how far to shift up, the magnitude's mask, what makes up for the exponents' bias
     ('float8_e4m3fn', 'bf16'): (4, 0x07F007F0, 0x7B807B80),
@@ -310,7 +309,7 @@ def _run(packed: PackedWeight) -> int:
 
 @lru_cache
 def _tuned() -> dict[str, PackedConfig]:
-    """The measured configurations, ``'bits/NxK/columns'``."""
+    """The measured configurations, ``'bits/NxK/rows'``, rows a power of two."""
     text = (Path(__file__).parents[1] / 'tuned' / 'packed_sm90.json').read_text(encoding='utf-8')
     return {shape: PackedConfig(*values) for shape, values in json.loads(text).items()}
 
@@ -320,21 +319,24 @@ def choose(device: torch.device, bits: int, n: int, k: int, rows: int) -> Packed
     """How ``[rows, k] @ [k, n]`` is multiplied; None: dequantised first, by cuBLAS."""
     if rows > MOST_ROWS:
         return None
-    columns = min(MOST_COLUMNS, max(16, next_power_of_2(rows)))
-    shape = f'{bits}/{n}x{k}/{columns}'
+    bucket = max(16, next_power_of_2(rows))
+    shape = f'{bits}/{n}x{k}/{bucket}'
     tuned = _tuned()
-    return tuned[shape] if shape in tuned else default(bits, n, k, columns, multiprocessors(device))
+    return tuned[shape] if shape in tuned else default(bits, n, k, bucket, multiprocessors(device))
 
 
-def default(bits: int, n: int, k: int, columns: int, processors: int) -> PackedConfig:
+def default(bits: int, n: int, k: int, rows: int, processors: int) -> PackedConfig:
     """A configuration for a shape that was not measured: what was best, or nearly, for those that were."""
-    block_n = 128 if n >= 16384 or columns > 64 else 64
-    tiles, steps = cdiv(n, block_n), cdiv(k, WIDTH * CODES[bits])
-    split = 1
-    while columns <= 64 and split < 8 and tiles * split < 2 * processors and steps >= 4 * split:
+    tiles, steps = cdiv(n, 64), cdiv(k, WIDTH * CODES[bits])
+    if rows > 64:
+        return PackedConfig(64, 128 if n >= 16384 else 64, 1, 3)
+    split, most = 1, 8 if rows < 64 else 4
+    while split < most and 2 * tiles * split < 9 * processors and steps >= 4 * split:
         split *= 2
-    stages = 4 if columns < 64 else 3
-    return PackedConfig(block_n, columns, split, stages)
+    if rows < 64:
+        return PackedConfig(64, rows, split, 3, 4096)
+    wide = n >= 16384
+    return PackedConfig(128 if wide else 64, rows, 1 if wide else split, 4)
 
 
 def _refuse(case: OpCase) -> list[str]:

@@ -62,6 +62,9 @@ class ManyConfig:
     beside: int = 8
 
 
+SMALL = ManyConfig(64, 128, 128, 4, 4)  # whose result fits shared memory in float32, too
+
+
 @triton.jit(do_not_specialize=['M'])
 def _few_kernel(
     x, x_scales, w, w_scales, bias, y, parts, arrived, M, N, K, x_stride, xs_stride, y_stride,
@@ -237,7 +240,7 @@ def choose_many(kind: str, n: int, k: int, rows: int) -> ManyConfig:
         return ManyConfig(*_tuned()[shape])
     if kind == 'groups':
         return ManyConfig(128, 128, 128, 8, 4)
-    return ManyConfig(128, 256, 128, 8, 4) if rows * n >= 256 * 16384 else ManyConfig(64, 128, 128, 4, 4)
+    return ManyConfig(128, 256, 128, 8, 3) if rows * n >= 256 * 16384 else SMALL
 
 
 def _refuse(case: OpCase) -> list[str]:
@@ -256,5 +259,6 @@ def triton_scaled_linear(codes: Tensor, scales: Tensor, weight: ScaledWeight, ac
             few_gemm(codes, scales, weight, choose_few(codes.device, kind, n, k, m), out, activation, pdl)
         return out
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    many_gemm(codes, scales, weight, choose_many(kind, n, k, min(4096, next_power_of_2(m))), out, pdl)
+    config = choose_many(kind, n, k, min(4096, next_power_of_2(m))) if dtype.itemsize == 2 else SMALL
+    many_gemm(codes, scales, weight, config, out, pdl)
     return gate_mul(out, activation, GATE_GROUP) if weight.gated else out
