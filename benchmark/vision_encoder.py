@@ -21,6 +21,8 @@ from lmdeploy.bench.device import DeviceFacts, measure_roof
 from lmdeploy.config.vision import VisionModelConfig, read_vision
 from lmdeploy.models.vision.encoder import VisionEncoder, build_encoder
 from lmdeploy.nn.build import Build
+from lmdeploy.runner.graphs import CudaGraphs
+from lmdeploy.runner.tile_graphs import MOST, TileGraphs, records
 from lmdeploy.weights.dummy import DummyCheckpoint, read_config
 
 
@@ -77,6 +79,7 @@ def main() -> None:
     def pixels(count: int) -> list[torch.Tensor]:
         return [torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, device=device) for _ in range(count)]
 
+    recorded = TileGraphs(encoder, CudaGraphs(device)) if device.type != 'cpu' and records(encoder) else None
     for count in map(int, args.tiles.split(',')):
         tiles = pixels(count)
         together = seconds(lambda: encoder(tiles), device, args.rounds)  # noqa: B023
@@ -85,6 +88,9 @@ def main() -> None:
         if 1 < count <= 16:
             alone = seconds(lambda: [encoder([tile]) for tile in tiles], device, max(2, args.rounds // 2))  # noqa: B023
             line += f'; {alone * 1e3:8.2f} ms one by one, {alone / together:.2f} times that'
+        if recorded is not None:
+            replayed = seconds(lambda: recorded(tiles), device, args.rounds)  # noqa: B023
+            line += f'; {replayed * 1e3:8.2f} ms with graphs' if count <= MOST else ''
         print(line, flush=True)
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from lmdeploy.config.vision import VisionModelConfig
 from lmdeploy.engine.plan import Encode, PictureRoom, Place, StepPlan
+from lmdeploy.log import get_logger
 from lmdeploy.models.vision.encoder import VisionEncoder
 from lmdeploy.runner.batch import ImageEmbeds
+from lmdeploy.runner.graphs import Record
 from lmdeploy.runner.tables import send
+from lmdeploy.runner.tile_graphs import TileGraphs, records
 
 KEPT_BYTES = {'cpu': 256 << 20, 'cuda': 1 << 30}  # of embeddings
 LEAST_KEPT, MOST_KEPT = 8192, 1 << 16  # tokens: more than the largest picture has; enough for many
@@ -40,9 +43,18 @@ class PictureEncoder:
     """Encodes and keeps pictures on one device."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
-        self.encoder = encoder
+        self.encoder: VisionEncoder = encoder
         self.device, self.dtype = encoder.build.device, encoder.build.dtype
         self._pictures: dict[bytes, _Picture] = {}
+
+    def record(self, record: Record) -> None:
+        """Calls with few tiles are recorded from now on, where that can be."""
+        if not records(self.encoder):
+            return
+        try:
+            self.encoder = TileGraphs(self.encoder, record)
+        except torch.OutOfMemoryError:
+            get_logger().warning('there is no memory for graphs of the vision encoder: it runs without them')
 
     def run(self, plan: StepPlan) -> None:
         """Forget and encode pictures as ``plan`` says.

@@ -257,6 +257,8 @@ class ModelRunner:
         self.mixed = MixedGraphs(self.model, self.kv, self.slots, self.plan.max_batch_size, record,
                                  int(LAUNCH_BOUND / parameters))  # fmt: skip
         self.mixed.capture()
+        if self.pictures is not None:
+            self.pictures.record(record)
 
     @contextmanager
     def _stage(self, name: str, free: int) -> Iterator[None]:
