@@ -8,12 +8,9 @@ or closed socket ends it. This is one of the two places that put an engine toget
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmdeploy.child import log_to_parent, outlive_nothing
 from lmdeploy.config.encoder import is_encoder
 from lmdeploy.engine import wire
 from lmdeploy.engine.core import EngineCore
@@ -37,7 +35,6 @@ from lmdeploy.log import get_logger
 if TYPE_CHECKING:
     from lmdeploy.tokenizer import Tokenizer
 
-PR_SET_PDEATHSIG = 1
 LINGER_SECONDS = 10.0  # for a step that runs when the parent has gone
 EXIT_FAILED, EXIT_PROTOCOL = 70, 76  # EX_SOFTWARE, EX_PROTOCOL
 
@@ -105,9 +102,9 @@ def load_engine(load: wire.Load, tell: Callable[[str], None]) -> Engine:
     path = Path(load.path)
     if is_encoder(path):
         return _load_encoder(load, path, tell)
-    from lmdeploy.executor.local import LocalExecutor
+    from lmdeploy.executor.choice import make_executor
 
-    executor = LocalExecutor(load.config, path)
+    executor = make_executor(load.config, path)
     tell('loading the model')
     tokenizer = _load_tokenizer(path)
     capacity = executor.start()
@@ -140,30 +137,6 @@ def _load_tokenizer(path: Path) -> Future[Tokenizer]:
 
     threading.Thread(target=load, name='lmdeploy-tokenizer', daemon=True).start()
     return future
-
-
-class _Lines(logging.Formatter):
-    """``<level>text``, line by line: the parent logs them anew."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return '\n'.join(f'<{record.levelno}>{line}' for line in super().format(record).splitlines())
-
-
-def _set_up(parent: int) -> None:
-    """Log to the parent, outlive signals to the group but not the parent, show stacks on SIGUSR1."""
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was faster
-        os._exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Lines('%(message)s'))
-    logger = logging.getLogger('lmdeploy')
-    logger.handlers[:] = [handler]
-    logger.propagate = False
 
 
 def _watch(sock: socket.socket, loaded: threading.Event) -> None:
@@ -219,7 +192,8 @@ def main(build: Callable[[wire.Load, Callable[[str], None]], Engine] = load_engi
     """The program; never returns. The interpreter's own tear-down is left out: there is nothing it could save."""
     status = EXIT_FAILED
     try:
-        _set_up(int(sys.argv[-1]))
+        outlive_nothing(int(sys.argv[-1]))
+        log_to_parent()
         with socket.socket(fileno=int(sys.argv[-2])) as sock:
             sock.set_inheritable(False)
             status = run(sock, build)
