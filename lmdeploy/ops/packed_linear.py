@@ -31,9 +31,10 @@ class PackedWeight:
     w % 32`` for i below c, the codes of a word. Behind the last channel codes stand for zero.
 
     Attributes:
-        words: ``[tiles, blocks, TILE, WIDTH] int16``; what is behind the last output channel is zero.
-        meta: ``[groups, out, 2] int16``: bits of the zero point, in ``dtype``, with MAGIC added (bfloat16 of 8 bits:
-            without, and less 128), and bits of the scale in ``scale_dtype``.
+        words: ``[tiles, blocks, TILE, WIDTH] int16``, an even number of tiles; what is behind the last output channel
+            counts for nothing.
+        meta: ``[groups, out] int32``: in the low 16 bits those of the zero point, in ``dtype``, with MAGIC added
+            (bfloat16 of 8 bits: without, and less 128), in the high ones those of the scale in ``scale_dtype``.
         bits: of a code. float8: name of the type of codes that are no integers, or ``''``.
         group: input channels that share a row of meta, a multiple of WIDTH; 0: all.
         zeros: whether zero points differ.
@@ -73,7 +74,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | Non
     per_word = CODES[bits]
     block = WIDTH * per_word
     tiles, blocks = -(-outputs // TILE), -(-inputs // block)
-    words = torch.empty(tiles, blocks, TILE, WIDTH, dtype=torch.int16, device=codes.device)
+    words = torch.empty(tiles + tiles % 2, blocks, TILE, WIDTH, dtype=torch.int16, device=codes.device)
+    words[tiles:] = 0
     middle = 0 if float8 else 1 << bits - 1
     nothing = 0 if float8 or (bits == 8 and dtype is torch.bfloat16) else middle
     for tile in range(0, tiles, 64):  # a piece at a time: numbers of 32 bits take eight times the memory of codes
@@ -101,8 +103,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | Non
         shift = zeros.float()
     shift = shift - 128 if bits == 8 and dtype is torch.bfloat16 else shift + magic
     meta = torch.stack((shift.to(dtype).view(torch.int16), scales.contiguous().view(torch.int16)), -1)
-    return PackedWeight(words, meta.contiguous(), bias, bits, float8, group, zeros is not None, dtype, scales.dtype,
-                        outputs, inputs, gated)  # fmt: skip
+    return PackedWeight(words, meta.view(torch.int32)[..., 0], bias, bits, float8, group, zeros is not None, dtype,
+                        scales.dtype, outputs, inputs, gated)  # fmt: skip
 
 
 def _as_threads(words: Tensor) -> Tensor:
@@ -127,12 +129,13 @@ def unpack(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     words = _by_channel(packed.words).permute(1, 3, 0, 2).to(torch.int32) & 0xFFFF  # [blocks, WIDTH, tiles, TILE]
     codes = torch.stack([words >> i * bits & (1 << bits) - 1 for i in range(per_word)], 1)
     codes = codes.flatten(3).flatten(0, 2)[: packed.in_features, : packed.out_features]
-    scales = packed.meta[..., 1].contiguous().view(packed.scale_dtype).float()
+    halves = packed.meta.view(torch.int16).unflatten(1, (-1, 2))  # of a little-endian machine, as all GPUs' are
+    scales = halves[..., 1].contiguous().view(packed.scale_dtype).float()
     if packed.float8:
         values = codes.to(torch.uint8).view(FLOAT8[packed.float8]).float()
     else:
         signed = bits == 8 and packed.dtype is torch.bfloat16
-        zeros = packed.meta[..., 0].contiguous().view(packed.dtype).float() - (0 if signed else MAGIC[packed.dtype])
+        zeros = halves[..., 0].contiguous().view(packed.dtype).float() - (0 if signed else MAGIC[packed.dtype])
         values = (codes ^ 128) - 128 if signed else codes
         values = values.float() - _spread(zeros, packed)
     return (values * _spread(scales, packed)).t().to(dtype)

@@ -171,7 +171,8 @@ def _packed_kernel(
     local = tl.arange(0, BN)
     tokens = tl.arange(0, BM)
     lane = tl.arange(0, W)
-    here = words + (tile * (BN // 64)).to(tl.int64) * blocks * (64 * W) + first * (64 * W)
+    start = words + (tile * (BN // 64)).to(tl.int64) * blocks * (64 * W)
+    here = start + first * (64 * W)
     # the upper half of a program's rows are those that a thread multiplies beside the lower half
     row = (local % 32 + local // (BN // 2) * 32) * W + local % (BN // 2) // 32 * (blocks * 64 * W)
     w_at = here + row[:, None] + lane[None, :]
@@ -180,7 +181,8 @@ def _packed_kernel(
         gdc_launch_dependents()
         if AHEAD > 0:
             piece: tl.constexpr = AHEAD // 64
-            prefetch_l2(here + tl.arange(0, 64) * (piece // 2), piece)
+            begin = tl.minimum(first * (64 * W), blocks * (64 * W) - AHEAD // 2)
+            prefetch_l2(start + begin + tl.arange(0, 64) * (piece // 2), piece)
         gdc_wait()
     x += above.to(tl.int64) * BM * x_stride
     y += above.to(tl.int64) * BM * y_stride
@@ -240,12 +242,13 @@ def packed_gemm(x: Tensor, packed: PackedWeight, config: PackedConfig, activatio
         arrived = _ARRIVED.get(x.device, tiles * above)
     per_word, run = CODES[packed.bits], _run(packed)
     _packed_kernel[(tiles * above * config.split,)](
-        x, packed.words, packed.meta.view(torch.int32), packed.bias, y, parts, arrived, m, n, k, x.stride(0),
+        x, packed.words, packed.meta, packed.bias, y, parts, arrived, m, n, k, x.stride(0),
         y.stride(0),
         BM=config.columns, BN=config.block_n, CODES=per_word, BITS=packed.bits, FLOAT8=packed.float8,
         GROUP=packed.group, RUN=run, ZEROS=packed.zeros, KIND=KINDS[packed.dtype],
         HALF=packed.scale_dtype is torch.float16, SPLIT=config.split, GATE=activation if packed.gated else '',
-        HAS_BIAS=packed.bias is not None, EVEN_K=k % (WIDTH * per_word) == 0, AHEAD=config.ahead if pdl else 0,
+        HAS_BIAS=packed.bias is not None, EVEN_K=k % (WIDTH * per_word) == 0,
+        AHEAD=min(config.ahead, 4096 * packed.words.shape[1]) if pdl else 0,
         PDL=pdl, STAGES=config.stages, ASM=x.device.type != 'cpu', num_warps=config.block_n // 16,
         num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
@@ -291,7 +294,7 @@ def unpack(packed: PackedWeight, pdl: bool = True) -> Tensor:
     out = torch.empty(n, k, dtype=packed.dtype, device=packed.words.device)
     tiles, blocks = packed.words.shape[:2]
     _unpack_kernel[(tiles * blocks,)](
-        packed.words, packed.meta.view(torch.int32), out, n, k,
+        packed.words, packed.meta, out, n, k,
         CODES=CODES[packed.bits], BITS=packed.bits, FLOAT8=packed.float8, GROUP=packed.group, RUN=_run(packed),
         ZEROS=packed.zeros, KIND=KINDS[packed.dtype], HALF=packed.scale_dtype is torch.float16, PDL=pdl,
         ASM=out.device.type != 'cpu', num_warps=4, launch_pdl=pdl,

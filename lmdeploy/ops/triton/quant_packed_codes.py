@@ -135,7 +135,7 @@ def packed_codes_gemm(codes: Tensor, scales: Tensor, packed: PackedWeight, confi
         parts = _PARTS.get(codes.device, tiles * above * config.split * config.block_n * config.columns)
         arrived = _ARRIVED.get(codes.device, tiles * above)
     _codes_kernel[(tiles * above * config.split,)](
-        codes, scales, packed.words, packed.meta.view(torch.int32), packed.bias, out, parts, arrived, m, n, k,
+        codes, scales, packed.words, packed.meta, packed.bias, out, parts, arrived, m, n, k,
         codes.stride(0), out.stride(0),
         BM=config.columns, BN=config.block_n, GROUP=packed.group, HALF=packed.scale_dtype is torch.float16,
         SPLIT=config.split, GATE=activation if packed.gated else '', HAS_BIAS=packed.bias is not None,
