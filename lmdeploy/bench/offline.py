@@ -14,6 +14,7 @@ from pathlib import Path
 from lmdeploy.bench.breakdown import Breakdown, breakdown
 from lmdeploy.bench.device import DeviceFacts, measure_roof
 from lmdeploy.bench.measure import Measured, run
+from lmdeploy.bench.products import stored_bytes
 from lmdeploy.bench.report import Environment, Spread
 from lmdeploy.bench.roofline import ModelCost, Roof, decode_seconds, first_token_seconds, run_seconds
 from lmdeploy.bench.workload import Workload
@@ -179,7 +180,9 @@ class Bench:
         config, capacity = self.executor.model_config, self.capacity
         numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # of a token
         cached = capacity.kv_bytes / ((capacity.num_blocks + 1) * capacity.block_size * numbers)
-        return ModelCost.of(config, weight_bytes=self.executor.dtype.itemsize, kv_bytes=cached)
+        itemsize = self.executor.dtype.itemsize
+        return ModelCost.of(config, weight_bytes=stored_bytes(config, itemsize), kv_bytes=cached,
+                            head_bytes=1 if self.config.head else itemsize)
 
     def _report(self, name: str, load: Workload, seed: int, concurrency: int, found: list[Round], cost: ModelCost,
                 roof: Roof, bound: Bound) -> OfflineReport:  # fmt: skip
