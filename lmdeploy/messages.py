@@ -107,8 +107,8 @@ class TurbomindEngineConfig:
     """Engine options under TurboMind's names: selects the graph runner of the one engine.
 
     Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`. Our own are
-    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF files
-    are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
+    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF
+    files are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
     """
 
     dtype: str = 'auto'
@@ -163,8 +163,8 @@ class PytorchEngineConfig:
     """Engine options under the PyTorch engine's names: the same engine, with ``eager_mode`` and ``device_type``.
 
     Which fields act, which are hints and which are refused is the table of :mod:`lmdeploy.config.options`. Our own are
-    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF files
-    are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
+    ``lm_head_dtype`` (``'int8'``, ``'fp8'``: the output head in 8 bits) and ``exact_weights`` (the weights of GGUF
+    files are dequantised when they load, where they would stay quantised and some be rounded to 8 bits).
     """
 
     dtype: str = 'auto'

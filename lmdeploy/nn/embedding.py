@@ -103,7 +103,7 @@ class LMHead(Linear):
         self._rows = embedding.rows if self._rounds else None
 
     def put(self, bundle: LinearBundle) -> None:
-        """As that of :class:`Linear`; a dense weight becomes codes where that is wanted and a kernel multiplies them."""
+        """As that of :class:`Linear`; a dense weight becomes codes where that is wanted and a kernel takes them."""
         super().put(self._narrow(bundle))
         if self._rounds and isinstance(self.kernel, HasRows) and not bundle.input_transform:
             self._rows = partial(self.kernel.rows, packed=self._packed)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lmdeploy.config.quantization import INT, Storage
+from lmdeploy.ops.quantize import LARGEST
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import CHUNK, dequantize_bundle
 from lmdeploy.quant.formats.base import scheme_of
-from lmdeploy.quant.rounding import round_weight
+from lmdeploy.quant.rounding import LEAST_SCALE
 from lmdeploy.quant.rows import take_outputs
-from lmdeploy.weights.dequant import BLOCK_TYPES, FOUR_BITS, nibbles
+from lmdeploy.weights.checkpoint import MAX_THREADS
+from lmdeploy.weights.dequant import BLOCK_TYPES, CHUNK_ELEMENTS, FOUR_BITS, nibbles
 
 CHANNELWISE = Storage(INT, 'int', 8)  # one scale for each output
 
@@ -52,22 +55,33 @@ def by_channel(bundle: LinearBundle) -> LinearBundle:
 
 
 def rounded(bundle: LinearBundle, storage: Storage) -> LinearBundle:
-    """The nearest weight that is stored as ``storage`` says, of 8-bit codes with scales in bfloat16 for each output."""
-    assert storage.bits == 8 and not storage.group
+    """The nearest weight that is stored as ``storage`` says: symmetric codes of 8 bits, a scale for each output.
+
+    Codes fit the scales as they are stored, in bfloat16. On a CPU threads take whole pieces of the weight, as when
+    blocks are read (see :mod:`lmdeploy.weights.checkpoint`).
+    """
+    assert storage.bits == 8 and not storage.group and storage.symmetric
+    device, plain = bundle.stored.device, replace(bundle, bias=None)
     kind = torch.int8 if storage.kind == 'int' else getattr(torch, storage.kind)
-    device = bundle.stored.device
+    limit = LARGEST['int8' if storage.kind == 'int' else storage.kind]
     codes = torch.empty(bundle.out_features, bundle.in_features, dtype=kind, device=device)
-    scales = torch.empty(1, bundle.out_features, dtype=torch.bfloat16, device=device)
-    plain = replace(bundle, bias=None)
-    step = max(1, CHUNK // max(1, bundle.in_features))
-    for start in range(0, bundle.out_features, step):
-        index = torch.arange(start, min(start + step, bundle.out_features), device=device)
+    scales = torch.empty(bundle.out_features, dtype=torch.bfloat16, device=device)
+    step = max(1, (CHUNK_ELEMENTS if device.type == 'cpu' else CHUNK) // max(1, bundle.in_features))
+
+    def round_piece(start: int) -> None:
+        part = slice(start, min(start + step, bundle.out_features))
+        index = torch.arange(part.start, part.stop, device=device)
         weight = dequantize_bundle(take_outputs(plain, index), torch.float32)
-        part = round_weight(weight, storage, scales.dtype)
-        assert part.codes is not None and part.scales is not None
-        codes[start : start + step], scales[:, start : start + step] = part.codes.t(), part.scales
+        scales[part] = weight.abs().amax(1).div_(limit).clamp_(min=LEAST_SCALE)
+        weight.div_(scales[part].float().unsqueeze(1)).clamp_(-limit, limit)
+        codes[part] = weight.round_() if storage.kind == 'int' else weight
+
+    with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_THREADS)) as pool:
+        for _ in pool.map(round_piece, range(0, bundle.out_features, step)):
+            pass  # raises what a piece raised
     return LinearBundle(scheme_of(storage), bundle.out_features, bundle.in_features, codes=codes.t(),
-                        scales=scales, bias=bundle.bias, input_transform=bundle.input_transform)  # fmt: skip
+                        scales=scales.unsqueeze(0), bias=bundle.bias,
+                        input_transform=bundle.input_transform)  # fmt: skip
 
 
 def alike(bundles: Sequence[LinearBundle]) -> list[LinearBundle]:

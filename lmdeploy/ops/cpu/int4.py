@@ -22,7 +22,7 @@ from torch import Tensor
 
 BLOCK = 64  # outputs are padded to a multiple: torch packs 64, 32 or 16 of them together
 GROUPS = (256, 128, 64, 32)  # the sizes of groups that torch multiplies
-FEW_ROWS = 24  # up to so many rows, unpacking the weight for every four of them is faster
+FEW_ROWS = 48  # up to so many rows, unpacking the weight for every four of them is faster
 TILE = 1 << 19  # elements of a tile: 1 MiB of bfloat16
 _PACKED_AT_ONCE = 1 << 22  # codes that are packed at a time: torch wants them as int32
 
@@ -104,44 +104,59 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
         x = F.pad(x, (0, weight.padded_in - weight.in_features))
     if x.shape[0] <= FEW_ROWS:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight.codes, weight.group, weight.scales)
-        if y.shape[1] != weight.out_features:
-            y = y[:, : weight.out_features].contiguous()
     else:
         y = _by_tiles(x, weight)
+    if y.shape[1] != weight.out_features:
+        y = y[:, : weight.out_features].contiguous()
     return y if weight.bias is None else y.add_(weight.bias)
 
 
-def unpack_int4(weight: Int4Weight, first: int, last: int) -> Tensor:
-    """``W.T [padded_in, last - first] bfloat16`` of some outputs, multiples of BLOCK; inputs as they are packed."""
-    layout = _layout()
-    block, half = layout.block, layout.block // 2
-    padded_in, blocks = weight.padded_in, (last - first) // block
-    groups = padded_in // weight.group
-    both = weight.scales[:, first:last].unflatten(1, (blocks, block))
-    scales, offsets = (both[..., which].contiguous().unsqueeze(1) for which in (0, 1))  # [groups, 1, blocks, block]
-    codes = weight.codes[first:last].view(blocks, padded_in, half)
-    tile = torch.empty(groups, weight.group, blocks, block, dtype=torch.bfloat16)
-    for which, nibbles in enumerate((codes & 15, codes >> 4)):
-        numbers = nibbles.to(torch.bfloat16).sub_(8).view(blocks, groups, weight.group, half).permute(1, 2, 0, 3)
-        part = slice(which * half, (which + 1) * half)
-        if layout.order is None:
-            torch.addcmul(offsets[..., part], numbers, scales[..., part], out=tile[..., part])
-        else:
-            tile[..., part] = numbers
-    if layout.order is not None:
-        tile = torch.addcmul(offsets, tile[..., layout.order], scales)
-    return tile.view(padded_in, last - first)
+def unpack_int4(weight: Int4Weight) -> Tensor:
+    """``W.T [padded_in, padded_out] bfloat16``, inputs in the order in which they are packed."""
+    return _Tiles(weight, weight.codes.shape[0])(0, weight.codes.shape[0])
 
 
 def _by_tiles(x: Tensor, weight: Int4Weight) -> Tensor:
-    out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+    """``[T, padded_out]``, without the bias."""
     padded_out = weight.codes.shape[0]
-    step = max(1, TILE // weight.padded_in // BLOCK) * BLOCK
+    out = torch.empty(x.shape[0], padded_out, dtype=x.dtype)
+    step = min(max(1, TILE // weight.padded_in // BLOCK) * BLOCK, padded_out)
+    tiles = _Tiles(weight, step)
     for first in range(0, padded_out, step):
-        y = x @ unpack_int4(weight, first, min(first + step, padded_out))
-        last = min(first + step, weight.out_features)
-        out[:, first:last] = y[:, : last - first]
+        last = min(first + step, padded_out)
+        torch.mm(x, tiles(first, last), out=out[:, first:last])
     return out
+
+
+class _Tiles:
+    """Unpacks some outputs of a weight after the other, in the same memory: new pages cost as much as the work."""
+
+    def __init__(self, weight: Int4Weight, most: int) -> None:
+        self.weight, self.layout = weight, _layout()
+        size = most * weight.padded_in
+        self.nibbles = torch.empty(size // 2, dtype=torch.uint8)
+        self.numbers = torch.empty(size)  # float32 takes half the time of bfloat16
+        self.tile = torch.empty(size, dtype=torch.bfloat16)
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        """``[padded_in, last - first]`` of the outputs from ``first`` to ``last``, multiples of BLOCK."""
+        weight, block, order = self.weight, self.layout.block, self.layout.order
+        padded_in, blocks, half = weight.padded_in, (last - first) // block, block // 2
+        groups, size = padded_in // weight.group, padded_in * (last - first)
+        both = weight.scales[:, first:last].float().view(groups, blocks, block, 2).permute(3, 1, 0, 2).unsqueeze(3)
+        scales, offsets = both.contiguous()  # [blocks, groups, 1, block]
+        codes = weight.codes[first:last].view(blocks, padded_in, half)
+        nibbles = self.nibbles[: size // 2].view(blocks, padded_in, half)
+        numbers = self.numbers[:size].view(blocks, padded_in, 2, half)
+        numbers[:, :, 0] = torch.bitwise_and(codes, 15, out=nibbles)
+        numbers[:, :, 1] = torch.bitwise_right_shift(codes, 4, out=nibbles)
+        numbers = numbers.view(blocks, groups, weight.group, block)
+        if order is not None:
+            numbers = numbers[..., order]
+        torch.addcmul(offsets.sub_(scales, alpha=8), numbers, scales, out=numbers)
+        tile = self.tile[:size].view(padded_in, blocks, block)
+        tile.copy_(numbers.view(blocks, padded_in, block).transpose(0, 1))
+        return tile.view(padded_in, last - first)
 
 
 @dataclass(frozen=True, slots=True)
