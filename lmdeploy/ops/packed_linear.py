@@ -92,7 +92,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | Non
         for i in range(per_word):
             packed |= part[:, i] << i * bits
         packed = (packed << 16 >> 16).to(torch.int16).permute(2, 0, 3, 1)
-        words[tile : tile + 64] = _as_threads(packed)
+        words[tile : tile + count] = _as_threads(packed)
     magic = MAGIC[dtype]
     if scales.dtype not in MAGIC:
         wide = scales.float().abs()
