@@ -18,6 +18,7 @@ from lmdeploy.bench.device import Call
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.kv.cache import PAGE, KVCache, KVShape
 from lmdeploy.kv.format import format_of
+from lmdeploy.ops.round_columns import round_columns
 from lmdeploy.ops.sample import uniforms
 from lmdeploy.ops.table import Op, OpCase, registered
 from lmdeploy.runner.batch import ForwardBatch
@@ -135,13 +136,12 @@ def _quantize(bench: Bench, name: str) -> Work:
 
 
 def _round_columns(bench: Bench, name: str) -> Work:
-    op, width = registered(bench.device.type)[name], bench.config.hidden_size
-    block = 128
+    width, block = bench.config.hidden_size, 128
 
     def make() -> Call:
         targets, mixing, scales = (bench.random(rows, size, dtype=torch.float32) for rows, size in (
             (block, width), (block, block), (block, width)))
-        return lambda: op(targets, mixing, scales, None, -8, 7, None)
+        return lambda: round_columns(targets, mixing, scales, None, -8, 7, None)
 
     return f'[{block}, {width}]', 18 * block * width, 2.0 * block * block * width / 2, make
 
