@@ -219,6 +219,8 @@ class Driver:
     def _advance(self, index: int) -> None:
         """Move the streams behind quantised layers through the layer as it lies in its file."""
         with self.open_shard(index + 1) as shard:
+            if self.device.type != 'cpu':
+                shard.upload_to(self.device)
             layer, bundles = self._read_back(shard.prefix(self.source.layer_path(index)), index)
         weights = {role: linear.weight for role, linear in layer.linears.items()}
 
@@ -270,7 +272,7 @@ class Driver:
                 order = torch.cat(packed_rows(source.config)).argsort().to(self.device)
                 parts = [(parts[0][0], take_outputs(join([bundle for _, bundle in parts]), order))]
             for linear, bundle in parts:
-                saved = form.save(_on_cpu(bundle))
+                saved = form.save(bundle)  # on the device: packing there is a hundred times as fast
                 tensors |= {f'{path}.{linear.name}.{kind}': _plain(tensor) for kind, tensor in saved.items()}
         return tensors
 
@@ -382,7 +384,3 @@ def _to(bundle: LinearBundle, device: torch.device) -> LinearBundle:
     return replace(bundle, weight=move(bundle.weight), codes=move(bundle.codes), scales=move(bundle.scales),
                    zeros=move(bundle.zeros), bias=move(bundle.bias), perm=move(bundle.perm),
                    input_scale=move(bundle.input_scale))  # fmt: skip
-
-
-def _on_cpu(bundle: LinearBundle) -> LinearBundle:
-    return _to(bundle, torch.device('cpu'))
