@@ -31,6 +31,7 @@ _BASE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers
 
 
 def internvl(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> VisionModelConfig:
+    """InternVL, of the original repositories and of transformers."""
     original = architecture == INTERNVL
     image = _side(vision, 'image_size', 448)
     norm = vision.text('norm_type', 'rms_norm' if original else 'layer_norm')
@@ -78,6 +79,7 @@ def internvl(architecture: str, top: Fields, vision: Fields, pictures: Fields) -
 
 
 def llava(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> VisionModelConfig:
+    """LLaVA-1.5 and LLaVA-NeXT."""
     kind = vision.text('model_type', 'clip_vision_model')
     _among(vision, 'model_type', kind, ('clip_vision_model', 'siglip_vision_model'))
     clip = kind == 'clip_vision_model'
@@ -123,6 +125,7 @@ def _llava_picture(architecture: str, top: Fields, image: int, clip: bool, pictu
 
 
 def qwen(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> VisionModelConfig:
+    """Qwen2-VL and Qwen2.5-VL."""
     later = architecture == QWEN2_5_VL
     hidden = vision.whole('hidden_size' if later else 'embed_dim', 1, 1 << 17, 1280)
     heads = vision.whole('num_heads', 1, 1024, 16)

@@ -128,6 +128,23 @@ FRAGMENTS: dict[str, str] = {
     'high_freq_factor {high} is not above low_freq_factor {low}': 'high_freq_factor {high} 不大于 low_freq_factor {low}',
     'weight_block_size needs activation_scheme dynamic': 'weight_block_size 需要 activation_scheme 为 dynamic',
     '{name} is {value}, but the weights are integers': '{name} 为 {value}，但权重是整数',
+    # models that read pictures
+    'three numbers whose sum is {sum}': '和为 {sum} 的三个数',
+    'one over a whole number': '整数分之一',
+    'a length in pixels': '以像素为单位的长度',
+    'a length in pixels, or two that are equal': '以像素为单位的长度，或两个相等的长度',
+    'a list of numbers of layers': '由层编号组成的列表',
+    'a multiple of {unit}': '{unit} 的倍数',
+    '{patches} patches a side cannot be merged by {merge}': '每边 {patches} 个图像块无法每 {merge} 个合并',
+    'pictures are cropped to {found} pixels, but the tower takes {wanted}':
+        '图片被裁剪为 {found} 像素，但视觉塔需要 {wanted} 像素',
+    '{channels} channels of the tower are not {heads} heads of whole quarters':
+        '视觉塔的 {channels} 个通道无法分为 {heads} 个长度为 4 的倍数的头',
+    'the tower gives {found} channels, the decoder takes {wanted}': '视觉塔输出 {found} 个通道，解码器需要 {wanted} 个',
+    '{name} {size} is not a multiple of {heads} heads': '{name} {size} 不是 {heads} 个头的倍数',
+    '{name} {size} is not a multiple of {patch}': '{name} {size} 不是 {patch} 的倍数',
+    'the tower has {layers} layers, but layer {layer} is asked for': '视觉塔有 {layers} 层，但要求第 {layer} 层',
+    'preprocessor_config.json and the tower differ in {name}': 'preprocessor_config.json 与视觉塔的 {name} 不一致',
     # weight files
     'it is missing': '文件缺失',
     'it has {found} bytes (limit {most})': '共 {found} 字节（上限 {most}）',
