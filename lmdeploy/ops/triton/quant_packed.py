@@ -43,6 +43,7 @@ from lmdeploy.ops.triton.launch import (
 )
 
 MOST_ROWS = 256  # beyond, a dense weight is made for cuBLAS
+WIDE = 65536  # output channels of which none is made: that of a head takes a gigabyte
 KINDS = {torch.bfloat16: 'bf16', torch.float16: 'f16'}
 _BYTES = {  # of float8 in 16 bits: how far to shift up, the magnitude's mask, what makes up for the exponents' bias
     ('float8_e4m3fn', 'bf16'): (4, 0x07F007F0, 0x7B807B80),
@@ -320,7 +321,7 @@ def _tuned() -> dict[str, PackedConfig]:
 @lru_cache
 def choose(device: torch.device, bits: int, n: int, k: int, rows: int) -> PackedConfig | None:
     """How ``[rows, k] @ [k, n]`` is multiplied; None: dequantised first, by cuBLAS."""
-    if rows > MOST_ROWS:
+    if rows > MOST_ROWS and n < WIDE:
         return None
     bucket = max(16, next_power_of_2(rows))
     shape = f'{bits}/{n}x{k}/{bucket}'
