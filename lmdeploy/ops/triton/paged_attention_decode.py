@@ -23,7 +23,7 @@ from torch import Tensor
 from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
-from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
+from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, padded_words, store_pieces
 
 LOG2E = 1.4426950408889634
 MOST_PER_SM = 4  # programs per multiprocessor
@@ -47,8 +47,6 @@ class DecodeConfig:
     tma: bool = True
     least: int = 1
     num_warps: int = 4
-    direct_k: bool = True
-    direct_v: bool = False
     registers: int | None = None
 
 
@@ -227,10 +225,10 @@ def load_tile(pages, at, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr,
 def _decode_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, back, out, block_table, table_rows,
                    query_start, kv_lens, stretches, shares, sums, stats, counts, table_stride, q_stride, scale,
                    HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
-                   R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-                   STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
-                   ASM: tl.constexpr, DIRECT_K: tl.constexpr, DIRECT_V: tl.constexpr, FUSED: tl.constexpr,
-                   PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   WORDS_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                   WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr,
+                   ASM: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+                   CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -247,10 +245,8 @@ def _decode_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, bac
     base, extra = tl.load(shares), tl.load(shares + 1)
     m = tl.arange(0, M)
     n = tl.arange(0, TILE)
-    COLUMNS: tl.constexpr = D // 2 if BITS == 4 else D  # of an accumulator; codes of 4 bits have one for each half
-    PADDED: tl.constexpr = D_P // 2 if BITS == 4 else D_P
-    column = tl.arange(0, PADDED)
-    inside = (m < GROUP)[:, None] & (column < COLUMNS)[None, :]
+    d = tl.arange(0, D_P)
+    inside = (m < GROUP)[:, None] & (d < D)[None, :]
     at = begin
     while at < end:
         table = block_table + table_row.to(tl.int64) * table_stride
@@ -262,16 +258,14 @@ def _decode_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, bac
         take = tl.minimum(count - skip, end - at)
         q_rows = token.to(tl.int64) * q_stride + head * (GROUP * D) + m * D
         if BITS > 0:
-            queries, upper, total = load_queries(q, q_rows, column, inside, D, PADDED, BITS)
-            plain, other = load_plain(q_plain, q_rows, m < GROUP, D, D_P if R > 0 else 1, R)
             all_from = tile_0 + (seen % TILE > 0).to(tl.int32)
-            acc, acc_upper, top, weight = attend_codes(
-                queries, upper, total, plain, other, tl.zeros([M], tl.int32) + length - 1, tile_0 + skip,
+            acc, acc1, acc2, acc3, top, weight = attend_codes(
+                q, q_plain, q_rows, m < GROUP, tl.zeros([M], tl.int32) + length - 1, tile_0 + skip,
                 tile_0 + skip + take, all_from, length // TILE, k_pages, v_pages, k_scales, v_scales, table, head,
-                within, back, scale, HEADS, D, PADDED, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA, BITS, OFFSET, ASM,
-                DIRECT_K, DIRECT_V, PRECISION)  # fmt: skip
+                within, back, scale, M, HEADS, D, WORDS_P, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA, BITS, ASM,
+                PRECISION)  # fmt: skip
         else:
-            queries = tl.load(q + q_rows[:, None] + column[None, :], mask=inside, other=0.0)
+            queries = tl.load(q + q_rows[:, None] + d[None, :], mask=inside, other=0.0)
             acc = tl.zeros([M, D_P], tl.float32)
             top = tl.full([M], float('-inf'), tl.float32)
             weight = tl.zeros([M], tl.float32)
@@ -294,19 +288,22 @@ def _decode_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, bac
                 acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
                 top = new
         out_row = out + (token.to(tl.int64) * HEADS + head) * (GROUP * D)
-        place_out = m[:, None] * D + column[None, :]
         if take == count:
-            tl.store(out_row + place_out, (acc / weight[:, None]).to(out.dtype.element_ty), mask=inside)
-            if BITS == 4:
-                tl.store(out_row + D // 2 + place_out, (acc_upper / weight[:, None]).to(out.dtype.element_ty),
+            if BITS > 0:
+                whole = weight[:, None]
+                store_pieces(out_row, m * D, m < GROUP, acc / whole, acc1 / whole, acc2 / whole, acc3 / whole, WORDS_P,
+                             D, BITS)  # fmt: skip
+            else:
+                tl.store(out_row + m[:, None] * D + d[None, :], (acc / weight[:, None]).to(out.dtype.element_ty),
                          mask=inside)  # fmt: skip
         else:
             pair = at - skip  # the first tile of this (row, head) on the line
             slot = 2 * p + (pair >= begin).to(tl.int32)
             part = sums + slot * (GROUP * D)
-            tl.store(part + place_out, acc, mask=inside)
-            if BITS == 4:
-                tl.store(part + D // 2 + place_out, acc_upper, mask=inside)
+            if BITS > 0:
+                store_pieces(part, m * D, m < GROUP, acc, acc1, acc2, acc3, WORDS_P, D, BITS)
+            else:
+                tl.store(part + m[:, None] * D + d[None, :], acc, mask=inside)
             stat = stats + slot * (2 * GROUP)
             tl.store(stat + m, top, mask=m < GROUP)
             tl.store(stat + GROUP + m, weight, mask=m < GROUP)
@@ -400,7 +397,7 @@ def decode_attention(q: Tensor, layer: KVLayer, block_table: Tensor, table_rows:
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = layer.k.shape[1:3]
-    group, padded = heads // kv_heads, next_power_of_2(dim)
+    group, padded = heads // kv_heads, max(next_power_of_2(dim), 16)  # the least that products take
     config, pdl = plan.config, supports_pdl(q.device)
     pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
     merged = min(next_power_of_2(group * dim), 2048)
@@ -408,9 +405,9 @@ def decode_attention(q: Tensor, layer: KVLayer, block_table: Tensor, table_rows:
         q, plain, pages.k, pages.v, pages.k_scales, pages.v_scales, pages.within, pages.back, out, block_table,
         table_rows, query_start, kv_lens, plan.stretches, plan.shares, workspace.sums, workspace.stats,
         workspace.counts, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group,
-        M=max(next_power_of_2(group), 16), D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE,
-        WINDOW=window, STAGES=config.num_stages, TMA=pages.tma, BITS=pages.bits, OFFSET=offset is not None,
-        ASM=q.dtype == torch.bfloat16, DIRECT_K=config.direct_k, DIRECT_V=config.direct_v, FUSED=config.fused,
+        M=max(next_power_of_2(group), 16), D=dim, D_P=padded, WORDS_P=padded_words(dim, pages.bits),
+        R=pages.rotated, BLOCK=block_size, TILE=TILE, WINDOW=window, STAGES=config.num_stages, TMA=pages.tma,
+        BITS=pages.bits, ASM=q.dtype == torch.bfloat16, FUSED=config.fused,
         PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', WIDTH=merged, CHUNK=max(2048 // merged, 2),
         PDL=pdl, num_warps=config.num_warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from lmdeploy.kv.cache import KVLayer
 from lmdeploy.ops.kv_codes import KeyOffset
 from lmdeploy.ops.triton.launch import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2, supports_pdl
 from lmdeploy.ops.triton.paged_attention_decode import LOG2E, load_tile
-from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, load_plain, load_queries
+from lmdeploy.ops.triton.paged_codes import TILE, Pages, attend_codes, padded_words, store_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,9 @@ def _hide(s, key, position, WINDOW: tl.constexpr):
 @triton.jit
 def _prefill_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, back, out, block_table, tiles,
                     table_stride, q_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
-                    D: tl.constexpr, D_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                    WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr,
-                    OFFSET: tl.constexpr, ASM: tl.constexpr, DIRECT_K: tl.constexpr, DIRECT_V: tl.constexpr,
-                    PRECISION: tl.constexpr,
-                    PDL: tl.constexpr):  # fmt: skip
+                    D: tl.constexpr, D_P: tl.constexpr, WORDS_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+                    TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+                    BITS: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -106,16 +104,14 @@ def _prefill_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, ba
     table_row = tl.load(mine + 3 * number)
     if count > 0:
         table = block_table + table_row.to(tl.int64) * table_stride
-        COLUMNS: tl.constexpr = D // 2 if BITS == 4 else D  # of a sum; codes of 4 bits have one for each half
-        PADDED: tl.constexpr = D_P // 2 if BITS == 4 else D_P
         m = tl.arange(0, M)
-        channel = tl.arange(0, PADDED)
+        d = tl.arange(0, D_P)
         query = m // GROUP
         position = at + query
         ok = query < count
         token = first + query
         column = (head * GROUP + m % GROUP) * D
-        inside = ok[:, None] & (channel < COLUMNS)[None, :]
+        inside = ok[:, None] & (d < D)[None, :]
         q_rows = token.to(tl.int64) * q_stride + column
         # the tiles [low, high) are looked at; all queries of this tile see all keys of [all_from, all_to)
         last = at + count
@@ -127,14 +123,12 @@ def _prefill_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, ba
             low = tl.maximum(at + 1 - WINDOW, 0) // TILE
             all_from = (tl.maximum(last - WINDOW, 0) + TILE - 1) // TILE
         if BITS > 0:
-            tile_q, upper, total = load_queries(q, q_rows, channel, inside, D, PADDED, BITS)
-            plain, other = load_plain(q_plain, q_rows, ok, D, D_P if R > 0 else 1, R)
-            acc, acc_upper, top, weight = attend_codes(
-                tile_q, upper, total, plain, other, position, low, high, all_from, all_to, k_pages, v_pages, k_scales,
-                v_scales, table, head, within, back, scale, HEADS, D, PADDED, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA,
-                BITS, OFFSET, ASM, DIRECT_K, DIRECT_V, PRECISION)  # fmt: skip
+            acc, acc1, acc2, acc3, top, weight = attend_codes(
+                q, q_plain, q_rows, ok, position, low, high, all_from, all_to, k_pages, v_pages, k_scales, v_scales,
+                table, head, within, back, scale, M, HEADS, D, WORDS_P, D_P, R, BLOCK, TILE, WINDOW, STAGES, TMA, BITS,
+                ASM, PRECISION)  # fmt: skip
         else:
-            tile_q = tl.load(q + q_rows[:, None] + channel[None, :], mask=inside, other=0.0)
+            tile_q = tl.load(q + q_rows[:, None] + d[None, :], mask=inside, other=0.0)
             acc = tl.zeros([M, D_P], tl.float32)
             top = tl.full([M], float('-inf'), tl.float32)
             weight = tl.zeros([M], tl.float32)
@@ -156,10 +150,11 @@ def _prefill_kernel(q, q_plain, k_pages, v_pages, k_scales, v_scales, within, ba
                 acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
                 top = new
         whole = tl.where(weight == 0.0, 1.0, weight)[:, None]
-        out_at = out + (token.to(tl.int64) * (HEADS * GROUP * D) + column)[:, None] + channel[None, :]
-        tl.store(out_at, (acc / whole).to(out.dtype.element_ty), mask=inside)
-        if BITS == 4:
-            tl.store(out_at + D // 2, (acc_upper / whole).to(out.dtype.element_ty), mask=inside)
+        out_rows = token.to(tl.int64) * (HEADS * GROUP * D) + column
+        if BITS > 0:
+            store_pieces(out, out_rows, ok, acc / whole, acc1 / whole, acc2 / whole, acc3 / whole, WORDS_P, D, BITS)
+        else:
+            tl.store(out + out_rows[:, None] + d[None, :], (acc / whole).to(out.dtype.element_ty), mask=inside)
 
 
 def plan_prefill(query_start: Tensor, kv_lens: Tensor, table_rows: Tensor, first_row: int, rows: int, tokens: int,
@@ -194,14 +189,14 @@ def prefill_attention(q: Tensor, layer: KVLayer, block_table: Tensor, plan: Pref
     """
     heads, dim = q.shape[1:]
     kv_heads, block_size = layer.k.shape[1:3]
-    group, padded = heads // kv_heads, next_power_of_2(dim)
+    group, padded = heads // kv_heads, max(next_power_of_2(dim), 16)  # the least that products take
     config, pdl = plan.config, supports_pdl(q.device)
     pages = Pages.of(layer, dim, config.tma, offset, block_table.shape[1] * block_size)
     _prefill_kernel[(kv_heads, plan.tiles.shape[1])](
         q, plain, pages.k, pages.v, pages.k_scales, pages.v_scales, pages.within, pages.back, out, block_table,
         plan.tiles, block_table.stride(0), q.stride(0), scale * LOG2E, HEADS=kv_heads, GROUP=group, M=config.rows,
-        D=dim, D_P=padded, R=pages.rotated, BLOCK=block_size, TILE=TILE, WINDOW=window, STAGES=config.num_stages,
-        TMA=pages.tma, BITS=pages.bits, OFFSET=offset is not None, ASM=q.dtype == torch.bfloat16, DIRECT_K=False,
-        DIRECT_V=False, PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps,
+        D=dim, D_P=padded, WORDS_P=padded_words(dim, pages.bits), R=pages.rotated, BLOCK=block_size, TILE=TILE,
+        WINDOW=window, STAGES=config.num_stages, TMA=pages.tma, BITS=pages.bits, ASM=q.dtype == torch.bfloat16,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32', PDL=pdl, num_warps=config.num_warps,
         launch_pdl=pdl,
     )  # fmt: skip

@@ -1,14 +1,20 @@
 """The inner loop of attention over pages of codes, for decode rows and prompts alike.
 
 Codes become numbers of the queries' type exactly, without scale and zero: those of a key go into its score
-(``q . (s c + z) = s (q . c) + z sum(q)``), those of a value into its weight. In bfloat16 a code becomes a number by a
-few logical operations: an integer below 128 in the lower bits of 0x4300 is that integer plus 128.
+(``q . (s c + z) = s (q . c) + z sum(q)``), those of a value into its weight.
+
+Pages are read as words of 16 bits, the size of an operand of the tensor cores, so that words lie in registers as
+operands do. A word has 2 or 4 codes; the first codes of all words are one operand, the second ones another: a product
+over D channels becomes 2 or 4 products over as many *pieces* of them, and a sum of values has as many. In bfloat16 a
+code becomes a number by one logical operation: an integer below 128 in the lower bits of 0x4300 is that integer plus
+128.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +28,17 @@ from lmdeploy.ops.triton.launch import next_power_of_2
 TILE = 64  # keys per tile: a page, or a part of a longer one
 
 
+def padded_words(dim: int, bits: int) -> int:
+    """Words of a row of codes, rounded up to what products want."""
+    return max(next_power_of_2(dim * bits // 16), 16)
+
+
 @dataclass(frozen=True, slots=True)
 class Pages:
     """A layer's pages as kernels take them; what there is not is None.
 
     Attributes:
-        k, v: planes, or descriptors of tiles of them, with ``tma``.
+        k, v: planes, or descriptors of tiles of them, with ``tma``; codes are words of 16 bits.
         bits: of a code; 0: they hold numbers.
         k_scales, v_scales: ``[blocks, kv_heads, block_size] int32``: words of a scale and a zero.
         within, back: of the keys' offset, see :class:`KeyOffset`; ``rotated`` is their number of channels that turn.
@@ -46,31 +57,33 @@ class Pages:
     @classmethod
     def of(cls, layer: KVLayer, dim: int, tma: bool, offset: KeyOffset | None, longest: int) -> Pages:
         """``layer``, whose heads have ``dim`` channels, for contexts of up to ``longest`` tokens."""
-        width = layer.k.shape[-1]
-        tma = tma and width * layer.k.element_size() % 16 == 0  # what descriptors can describe
-        k, v, back = layer.k, layer.v, None
+        k, v, bits, back = layer.k, layer.v, 0, None
+        if layer.k_scales is not None:
+            k, v, bits = k.view(torch.int16), v.view(torch.int16), 8 * k.shape[-1] // dim
+        width = k.shape[-1]
+        tma = tma and width * k.element_size() % 16 == 0  # what descriptors can describe
         if tma:
-            box = [TILE, next_power_of_2(width)]
+            box = [TILE, padded_words(dim, bits) if bits else next_power_of_2(width)]
             k, v = (TensorDescriptor(pages, [pages.numel() // width, width], [width, 1], box) for pages in (k, v))
         k_scales, v_scales = (None, None) if layer.k_scales is None else map(words, layer.scales)
         if offset is not None:
             back = offset.turns.back(TILE, -(-longest // TILE))
-        return cls(k, v, tma, 0 if k_scales is None else 8 * width // dim, k_scales, v_scales,
+        return cls(k, v, tma, bits, k_scales, v_scales,
                    None if offset is None else offset.within, back, 0 if back is None else back.shape[-1])
 
 
 @triton.jit
-def load_codes(pages, at, COLUMNS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
-    """``[TILE, PADDED] int8`` from row ``at`` of a plane seen as ``[rows, COLUMNS]``."""
+def load_words(pages, at, WORDS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
+    """``[TILE, PADDED] int16`` from row ``at`` of a plane seen as ``[rows, WORDS]``."""
     if TMA:
         tile = pages.load([at, 0])
     else:
         j = tl.arange(0, PADDED)
-        place = pages + at.to(tl.int64) * COLUMNS + tl.arange(0, TILE)[:, None] * COLUMNS + j[None, :]
-        if PADDED == COLUMNS:
+        place = pages + at.to(tl.int64) * WORDS + tl.arange(0, TILE)[:, None] * WORDS + j[None, :]
+        if PADDED == WORDS:
             tile = tl.load(place)
         else:
-            tile = tl.load(place, mask=(j < COLUMNS)[None, :], other=0)
+            tile = tl.load(place, mask=(j < WORDS)[None, :], other=0)
     return tile
 
 
@@ -84,65 +97,78 @@ def load_scales(scales, at):
 
 
 @triton.jit
-def widen(codes, KIND: tl.constexpr, ASM: tl.constexpr, DIRECT: tl.constexpr):
-    """Codes of 8 bits as numbers of type KIND: the lower seven bits as an integer, less 128 where the eighth is set."""
+def two_pieces(words, KIND: tl.constexpr, ASM: tl.constexpr):
+    """The lower and the upper bytes, signed, as numbers: seven bits of each as an integer, less 128 if the eighth is
+    set."""
     if ASM:
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 low, high, a, b, minus;
+            .reg .b32 up, low, sign, minus;
             mov.b32 minus, 0xbf80bf80;
-            prmt.b32 low, $2, 0x43434343, 0x4140;
-            prmt.b32 high, $2, 0x43434343, 0x4342;
-            and.b32 a, low, 0xff7fff7f;
-            and.b32 b, low, 0xff80ff80;
-            fma.rn.bf16x2 $0, b, minus, a;
-            and.b32 a, high, 0xff7fff7f;
-            and.b32 b, high, 0xff80ff80;
-            fma.rn.bf16x2 $1, b, minus, a;
+            lop3.b32 low, $2, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, sign, minus, low;
+            shr.u32 up, $2, 8;
+            lop3.b32 low, up, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, up, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $1, sign, minus, low;
             }
-            """, '=r,=r,r', [codes], dtype=tl.bfloat16, is_pure=DIRECT, pack=4)  # fmt: skip
+            """, '=r,=r,r', [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)  # fmt: skip
     else:
-        return codes.to(KIND)
+        wide = words.to(tl.int32)
+        return ((wide << 24) >> 24).to(KIND), (wide >> 8).to(KIND)
 
 
 @triton.jit
-def widen_halves(codes, KIND: tl.constexpr, ASM: tl.constexpr, DIRECT: tl.constexpr):
-    """The lower and the upper halves of bytes of two codes, plus 128 with ASM: numbers of type KIND."""
+def four_pieces(words, KIND: tl.constexpr, ASM: tl.constexpr):
+    """The four halves of the bytes, the lowest first, as numbers; with ASM plus 128."""
     if ASM:
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 t, up;
-            shr.b32 up, $4, 4;
-            prmt.b32 t, $4, 0x43434343, 0x4140;
-            and.b32 $0, t, 0xff0fff0f;
-            prmt.b32 t, $4, 0x43434343, 0x4342;
-            and.b32 $1, t, 0xff0fff0f;
-            prmt.b32 t, up, 0x43434343, 0x4140;
-            and.b32 $2, t, 0xff0fff0f;
-            prmt.b32 t, up, 0x43434343, 0x4342;
-            and.b32 $3, t, 0xff0fff0f;
+            .reg .b32 up;
+            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+            shr.u32 up, $4, 4;
+            lop3.b32 $1, up, 0x000f000f, 0x43004300, 0xea;
+            shr.u32 up, $4, 8;
+            lop3.b32 $2, up, 0x000f000f, 0x43004300, 0xea;
+            shr.u32 up, $4, 12;
+            lop3.b32 $3, up, 0x000f000f, 0x43004300, 0xea;
             }
-            """, '=r,=r,=r,=r,r', [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=DIRECT, pack=4)  # fmt: skip
+            """, '=r,=r,=r,=r,r', [words], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True,
+            pack=2)  # fmt: skip
     else:
-        return (codes & 15).to(KIND), ((codes >> 4) & 15).to(KIND)
+        wide = words.to(tl.int32)
+        return ((wide & 15).to(KIND), ((wide >> 4) & 15).to(KIND), ((wide >> 8) & 15).to(KIND),
+                ((wide >> 12) & 15).to(KIND))  # fmt: skip
 
 
 @triton.jit
-def load_queries(base, rows, columns, inside, D: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr):
-    """The queries at ``base + rows``, their second halves for codes of 4 bits, and the sums over channels.
+def channel_of(PIECE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """The channels of a piece, ``[PADDED]``, in the layout of :class:`lmdeploy.kv.format.Codes`."""
+    if BITS == 8:
+        first: tl.constexpr = PIECE
+    else:
+        first: tl.constexpr = PIECE // 2 + PIECE % 2 * (D // 2)
+    return 2 * tl.arange(0, PADDED) + first
 
-    ``columns`` are the first PADDED channels, ``inside [M, PADDED]`` those that there are. For codes of 8 bits the
-    second result is the first one.
-    """
-    q = tl.load(base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    upper = q
-    total = tl.sum(q.to(tl.float32), 1)
-    if BITS == 4:
-        upper = tl.load(base + rows[:, None] + D // 2 + columns[None, :], mask=inside, other=0.0)
-        total += tl.sum(upper.to(tl.float32), 1)
-    return q, upper, total
+
+@triton.jit
+def load_piece(base, rows, there, PIECE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """The queries' channels of a piece, ``[M, PADDED]``; M rows begin at ``base + rows``."""
+    channel = channel_of(PIECE, PADDED, D, BITS)
+    inside = there[:, None] & (tl.arange(0, PADDED) < D * BITS // 16)[None, :]
+    return tl.load(base + rows[:, None] + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_piece(base, rows, there, values, PIECE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+                BITS: tl.constexpr):  # fmt: skip
+    """Store ``values [M, PADDED]`` to the channels of a piece."""
+    channel = channel_of(PIECE, PADDED, D, BITS)
+    inside = there[:, None] & (tl.arange(0, PADDED) < D * BITS // 16)[None, :]
+    tl.store(base + rows[:, None] + channel[None, :], values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -163,57 +189,69 @@ def load_plain(base, rows, there, D: tl.constexpr, PADDED: tl.constexpr, R: tl.c
 
 
 @triton.jit
-def attend_codes(q, upper, total, plain, other, position, low, high, all_from, all_to, k_pages, v_pages, k_scales,
-                 v_scales, table, head, within, back, scale, HEADS: tl.constexpr, D: tl.constexpr,
+def attend_codes(q, q_plain, q_rows, there, position, low, high, all_from, all_to, k_pages, v_pages, k_scales, v_scales,
+                 table, head, within, back, scale, M: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                  PADDED: tl.constexpr, D_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
                  WINDOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr,
-                 OFFSET: tl.constexpr, ASM: tl.constexpr, DIRECT_K: tl.constexpr, DIRECT_V: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 ASM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Walk over the tiles [low, high) of keys of one head.
 
     Args:
-        q, upper, total: see :func:`load_queries`.
-        plain, other: with OFFSET: the queries as they meet the offset, ``[M, D_P] float32``, and with each channel its
-            partner of the rotation.
+        q, q_plain: the queries as they meet the codes and the offset; M rows begin at ``q_rows``, where ``there``.
         position: ``[M] int32``: the last key that a query sees.
         all_from, all_to: the tiles between are seen whole by all queries.
-        within: ``[HEADS, 256, D] float32`` and back ``[tiles, 2, R] float32``: see ``KeyOffset``, ``Turns``.
+        within: ``[HEADS, 256, D] float32`` and back ``[tiles, 2, R] float32``: see ``KeyOffset``, ``Turns``; R is 0
+            where there is no offset.
         scale: factor of the scores, times log2(e).
 
     Returns:
-        Sums of weighted values ``[M, PADDED]``, their second halves for codes of 4 bits, the largest scores (base 2)
-        and the sums of weights ``[M]``.
+        Four pieces of the sums of weighted values, ``[M, PADDED]`` each, of which codes of 8 bits have two; the largest
+        scores (base 2) and the sums of weights ``[M]``.
     """
-    M: tl.constexpr = q.shape[0]
-    COLUMNS: tl.constexpr = D * BITS // 8
+    WORDS: tl.constexpr = D * BITS // 16
+    KIND: tl.constexpr = q.dtype.element_ty
+    SHIFT: tl.constexpr = 0 if BITS == 8 else (136 if ASM else 8)  # what is too much in a number of 4 bits
+    q0 = load_piece(q, q_rows, there, 0, PADDED, D, BITS)
+    q1 = load_piece(q, q_rows, there, 1, PADDED, D, BITS)
+    total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    if BITS == 4:
+        q2 = load_piece(q, q_rows, there, 2, PADDED, D, BITS)
+        q3 = load_piece(q, q_rows, there, 3, PADDED, D, BITS)
+        total += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
     n = tl.arange(0, TILE)
-    acc = tl.zeros([M, PADDED], tl.float32)
-    acc_upper = tl.zeros([M, PADDED], tl.float32)
+    acc0 = tl.zeros([M, PADDED], tl.float32)
+    acc1 = tl.zeros([M, PADDED], tl.float32)
+    acc2 = tl.zeros([M, PADDED], tl.float32)
+    acc3 = tl.zeros([M, PADDED], tl.float32)
     top = tl.full([M], float('-inf'), tl.float32)
     weights = tl.zeros([M, TILE], tl.float32)  # summed over keys once, at the end
     zeros = tl.zeros([M, TILE], tl.float32)
-    SHIFT: tl.constexpr = 0 if BITS == 8 else (136 if ASM else 8)  # what is too much in a number of 4 bits
-    if OFFSET:
+    if R > 0:
+        plain, other = load_plain(q_plain, q_rows, there, D, D_P, R)
         d = tl.arange(0, D_P)
         offsets = tl.load(within + head * (256 * D) + n[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
     for tile in tl.range(low, high, num_stages=STAGES):
         block = tl.load(table + tile * TILE // BLOCK)
         place = (block * HEADS + head) * BLOCK + tile * TILE % BLOCK
-        k = load_codes(k_pages, place, COLUMNS, PADDED, TILE, TMA)
+        k = load_words(k_pages, place, WORDS, PADDED, TILE, TMA)
         k_scale, k_zero = load_scales(k_scales, place + n)
         if BITS == 8:
-            s = tl.dot(q, tl.trans(widen(k, q.dtype, ASM, DIRECT_K)), input_precision=PRECISION)
+            k0, k1 = two_pieces(k, KIND, ASM)
+            s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         else:
-            k_lower, k_upper = widen_halves(k, q.dtype, ASM, DIRECT_K)
-            s = tl.dot(q, tl.trans(k_lower), input_precision=PRECISION)
-            s = tl.dot(upper, tl.trans(k_upper), s, input_precision=PRECISION)
+            k0, k1, k2, k3 = four_pieces(k, KIND, ASM)
+            s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+            s = tl.dot(q3, tl.trans(k3), s, input_precision=PRECISION)
             k_zero -= SHIFT * k_scale
         s = s * (k_scale * scale)[None, :] + total[:, None] * (k_zero * scale)[None, :]
-        if OFFSET:
+        if R > 0:
             turn = back + tile * (2 * R) + d
-            c = tl.load(turn, mask=d < R, other=1.0)
-            si = tl.load(turn + R, mask=d < R, other=0.0)
-            turned = plain * c[None, :] + other * si[None, :]
+            cos = tl.load(turn, mask=d < R, other=1.0)
+            sin = tl.load(turn + R, mask=d < R, other=0.0)
+            turned = plain * cos[None, :] + other * sin[None, :]
             s += tl.dot(turned, tl.trans(offsets), input_precision=PRECISION) * scale
         if (tile >= all_to) | (tile < all_from):
             key = tile * TILE + n
@@ -223,21 +261,34 @@ def attend_codes(q, upper, total, plain, other, position, low, high, all_from, a
             s = tl.where(seen, s, float('-inf'))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == float('-inf'), 0.0, new)  # a query that has seen no key yet
-        old_scale = tl.exp2(top - base)
+        old_scale = tl.exp2(top - base)[:, None]
         e = tl.exp2(s - base[:, None])
         v_scale, v_zero = load_scales(v_scales, place + n)
-        v = load_codes(v_pages, place, COLUMNS, PADDED, TILE, TMA)
-        p = (e * v_scale[None, :]).to(q.dtype)
-        weights = weights * old_scale[:, None] + e
-        zeros = zeros * old_scale[:, None] + e * v_zero[None, :]
-        acc = acc * old_scale[:, None]
+        v = load_words(v_pages, place, WORDS, PADDED, TILE, TMA)
+        p = (e * v_scale[None, :]).to(KIND)
+        weights = weights * old_scale + e
+        zeros = zeros * old_scale + e * v_zero[None, :]
         if BITS == 8:
-            acc = tl.dot(p, widen(v, q.dtype, ASM, DIRECT_V), acc, input_precision=PRECISION)
+            v0, v1 = two_pieces(v, KIND, ASM)
+            acc0 = tl.dot(p, v0, acc0 * old_scale, input_precision=PRECISION)
+            acc1 = tl.dot(p, v1, acc1 * old_scale, input_precision=PRECISION)
         else:
-            zeros -= SHIFT * p.to(tl.float32)
-            v_lower, v_upper = widen_halves(v, q.dtype, ASM, DIRECT_V)
-            acc = tl.dot(p, v_lower, acc, input_precision=PRECISION)
-            acc_upper = tl.dot(p, v_upper, acc_upper * old_scale[:, None], input_precision=PRECISION)
+            zeros -= SHIFT * p.to(tl.float32)  # of the weights as they are multiplied
+            v0, v1, v2, v3 = four_pieces(v, KIND, ASM)
+            acc0 = tl.dot(p, v0, acc0 * old_scale, input_precision=PRECISION)
+            acc1 = tl.dot(p, v1, acc1 * old_scale, input_precision=PRECISION)
+            acc2 = tl.dot(p, v2, acc2 * old_scale, input_precision=PRECISION)
+            acc3 = tl.dot(p, v3, acc3 * old_scale, input_precision=PRECISION)
         top = new
     zero = tl.sum(zeros, 1)[:, None]
-    return acc + zero, acc_upper + zero, top, tl.sum(weights, 1)
+    return acc0 + zero, acc1 + zero, acc2 + zero, acc3 + zero, top, tl.sum(weights, 1)
+
+
+@triton.jit
+def store_pieces(base, rows, there, acc0, acc1, acc2, acc3, PADDED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """Store what :func:`attend_codes` returns, pieces of M rows that begin at ``base + rows``."""
+    store_piece(base, rows, there, acc0, 0, PADDED, D, BITS)
+    store_piece(base, rows, there, acc1, 1, PADDED, D, BITS)
+    if BITS == 4:
+        store_piece(base, rows, there, acc2, 2, PADDED, D, BITS)
+        store_piece(base, rows, there, acc3, 3, PADDED, D, BITS)

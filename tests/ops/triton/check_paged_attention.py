@@ -16,7 +16,7 @@ from lmdeploy.ops.triton.paged_attention_prefill import config_of as prefill_con
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
-SMALL = [(8, 2, 16, 64), (6, 2, 24, 128), (14, 2, 16, 64)]
+SMALL = [(8, 2, 16, 64), (6, 2, 24, 128), (14, 2, 8, 64)]
 SHAPES = SMALL if INTERPRETED else [(8, 2, 64, 64), (6, 2, 80, 128), (14, 2, 128, 64)]  # heads, kv_heads, D, block size
 ERRORS = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

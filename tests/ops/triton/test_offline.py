@@ -57,7 +57,7 @@ def plane(tma: bool, dim: int) -> str:
 
 INDEX = dict.fromkeys(('block_table', 'table_rows', 'query_start', 'kv_lens'), '*i32')
 NUMBERS = dict.fromkeys(('q_plain', 'k_scales', 'v_scales', 'within', 'back')) | dict(
-    BITS=0, OFFSET=False, ASM=True, DIRECT_K=False, DIRECT_V=False)
+    BITS=0, ASM=True, WORDS_P=16)
 VALUES = {'q': '*bf16', 'out': '*bf16', 'table_stride': 'i32', 'q_stride': 'i32', 'scale': 'fp32'}
 
 
