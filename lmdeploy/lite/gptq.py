@@ -93,7 +93,8 @@ def factorise(hessian: Tensor, part: float = DAMPS[0]) -> Factor:
         LoadError: LMD-630: H has values that are not finite, or no damping makes it positive definite.
     """
     picked = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    for damp in (part, *(more for more in DAMPS if more > part)):
+    finite = bool(torch.isfinite(hessian.diagonal()).all())
+    for damp in (part, *(more for more in DAMPS if more > part)) if finite else ():
         reversed_ = damped(hessian, damp)[picked.flip(0)][:, picked.flip(0)]
         lower, info = torch.linalg.cholesky_ex(reversed_)
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):

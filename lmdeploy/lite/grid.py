@@ -142,6 +142,7 @@ def search(weight: Tensor, grid: Grid, importance: Tensor) -> Levels:
     """
     outputs, step = weight.shape[1], max(1, CHUNK // len(weight))
     factors = grid.folded(importance[:, None])
+    factors.view(-1, 1)[len(importance) :] = 0  # channels that the last group only repeats
     parts = [_search(grid.folded(weight[:, at : at + step]), grid, factors) for at in range(0, outputs, step)]
     zeros = None if grid.symmetric else torch.cat([zeros for _, zeros in parts if zeros is not None], 1)
     return Levels(torch.cat([scales for scales, _ in parts], 1), zeros)
