@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lmdeploy.cli import lite_args as shared
 from lmdeploy.cli.screen import Screen
-from lmdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy.lite.recipe import Recipe
@@ -25,17 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    if args.w_bits != 4:
-        reason = 'the format of AWQ holds 4 bits; lite w2 and lite w3 have fewer, lite auto_gptq 8'
-        raise ConfigError('LMD-610', option='--w-bits', value=args.w_bits, reason=reason)
-
     def recipe() -> Recipe:
-        from lmdeploy.config.quantization import AWQ as FORMAT
-        from lmdeploy.config.quantization import Storage
-        from lmdeploy.lite.awq import AWQ
+        from lmdeploy.lite import methods
 
-        storage = Storage(FORMAT, bits=4, group=max(args.w_group_size, 0), symmetric=args.w_sym)
-        return AWQ(storage, args.effort, not args.no_search_scale, not args.no_scale)
+        return methods.awq(args.w_bits, args.w_group_size, symmetric=args.w_sym, effort=args.effort,
+                           search=not args.no_search_scale, smooth=not args.no_scale)  # fmt: skip
 
-    what = f'int4 g{args.w_group_size}{" symmetric" if args.w_sym else ""}'
+    what = f'int{args.w_bits} g{args.w_group_size}{" symmetric" if args.w_sym else ""}'
     return shared.quantise(args, screen, what, recipe)

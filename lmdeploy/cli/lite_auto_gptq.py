@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from lmdeploy.cli import lite_args as shared
 from lmdeploy.cli.screen import Screen
-from lmdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy.lite.recipe import Recipe
 
-BITS = (2, 3, 4, 8)
 FORMATS = ('gptq', 'gptq_v2', 'awq', 'compressed-tensors')
 
 
@@ -31,20 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    if args.w_bits not in BITS or (args.format == 'awq' and args.w_bits != 4):
-        reason = f'possible are {", ".join(map(str, BITS))}, and 4 in the format awq'
-        raise ConfigError('LMD-610', option='--w-bits', value=args.w_bits, reason=reason)
-
     def recipe() -> Recipe:
-        from lmdeploy.config.quantization import AWQ, PACK, Storage
-        from lmdeploy.config.quantization import GPTQ as FORMAT
-        from lmdeploy.lite.rotated import GPTQ
+        from lmdeploy.lite import methods
 
-        form = {'awq': AWQ, 'compressed-tensors': PACK}.get(args.format, FORMAT)
-        storage = Storage(form, bits=args.w_bits, group=max(args.w_group_size, 0),
-                          symmetric=not args.w_asym and args.format != 'awq',
-                          zero_shift=int(args.format == 'gptq'))  # fmt: skip
-        return GPTQ(storage, args.rotation, args.effort)
+        return methods.gptq(args.w_bits, args.w_group_size, symmetric=not args.w_asym, form=args.format,
+                            rotation=args.rotation, effort=args.effort)  # fmt: skip
 
-    what = f'int{args.w_bits} g{args.w_group_size}, {args.format}'
-    return shared.quantise(args, screen, what, recipe)
+    return shared.quantise(args, screen, f'int{args.w_bits} g{args.w_group_size}, {args.format}', recipe)

@@ -11,8 +11,7 @@ from lmdeploy.cli.screen import Screen
 if TYPE_CHECKING:
     from lmdeploy.lite.recipe import Recipe
 
-BITS = {'w4a8': 4, 'w3': 3, 'w2': 2}
-GROUPS = {'w4a8': 128, 'w3': 128, 'w2': 64}
+WORDS = {'w4a8': 'int4 with inputs in int8', 'w3': 'int3', 'w2': 'int2'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    bits, group = BITS[args.method], args.w_group_size or GROUPS[args.method]
     if args.method == 'w2':
         screen.note('lite two bits')
 
     def recipe() -> Recipe:
-        from lmdeploy.config.quantization import PACK, Storage
-        from lmdeploy.lite.rotated import GPTQ
+        from lmdeploy.lite import methods
 
-        eight = args.method == 'w4a8'
-        storage = Storage(PACK, bits=bits, group=max(group, 0), symmetric=eight, activation='int8' if eight else '')
-        return GPTQ(storage, args.rotation, args.effort, name=args.method)
+        return methods.packed(args.method, args.w_group_size, rotation=args.rotation, effort=args.effort)
 
-    what = f'int{bits} g{group}{" with inputs in int8" if args.method == "w4a8" else ""}, {args.rotation}'
-    return shared.quantise(args, screen, what, recipe)
+    group = '' if args.w_group_size is None else f' g{args.w_group_size}'
+    return shared.quantise(args, screen, f'{WORDS[args.method]}{group}, {args.rotation}', recipe)

@@ -96,14 +96,12 @@ def tell_calibration(screen: Screen, calibration: Calibration, reduced: int) -> 
 def tell_done(screen: Screen, report: Report) -> None:
     """The results, on stdout."""
     from lmdeploy.bench.report import Table
-    from lmdeploy.lite.markdown import fact_rows, mib, quality_rows
+    from lmdeploy.lite.markdown import fact_rows, quality_rows
 
-    sizes = report.sizes
     facts = Table(('', ''), names=2)
     for name, value in fact_rows(report):
-        if name in ('output', 'bits per weight', 'time', 'peak memory', 'calibration', 'mean relative loss'):
+        if name in ('output', 'size', 'bits per weight', 'time', 'peak memory', 'calibration', 'mean relative loss'):
             facts.add(name, value)
-    facts.add('size', f'{mib(sizes.before)} -> {mib(sizes.after)} ({sizes.after / max(sizes.before, 1):.0%})')
     facts.print()
     if report.quality:
         headings, rows = quality_rows(report)

@@ -23,6 +23,7 @@ from lmdeploy.lite.evaluate import Head, Quality, judge
 from lmdeploy.lite.hidden import Hidden
 from lmdeploy.lite.html import to_html
 from lmdeploy.lite.markdown import to_markdown
+from lmdeploy.lite.methods import fitting_groups, nearest_group
 from lmdeploy.lite.output import placed, write_output
 from lmdeploy.lite.recipe import ROLES, SITES, Need, Recipe
 from lmdeploy.lite.report import CalibrationReport, LayerReport, Report, Sizes, from_json, loads_in, sizes_of, to_json
@@ -38,7 +39,6 @@ DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 CPU_WORK = 1e13  # operations that statistics may take where the user leaves it to us
 LEAST_TOKENS = 2048
 CPU_JUDGED, GPU_JUDGED = 2048, 16384  # tokens of each held-out text
-GROUPS = (128, 64, 32, 16, 256, 96, 48)  # that are proposed, the most usual first
 WINDOW = 512  # tokens of a held-out window
 
 
@@ -252,7 +252,6 @@ def check_groups(source: Source, recipe: Recipe) -> None:
         ConfigError: LMD-606, with sizes that do.
     """
     widths = {role: (out, wide) for role, out, wide in source.sizes()}
-    everything = sorted({wide for _, wide in widths.values()})
     for i in range(source.num_layers):
         for site in SITES:
             storage = recipe.storage(i, site)
@@ -260,8 +259,8 @@ def check_groups(source: Source, recipe: Recipe) -> None:
                 out, wide = widths[role]
                 group = storage.group if storage is not None else 0
                 if group and wide % group:
-                    fitting = [size for size in GROUPS if not any(w % size for w in everything)]
-                    near = next((size for size in fitting if size <= group), -1)
+                    fitting = fitting_groups(source)
+                    near = nearest_group(fitting, group)
                     raise ConfigError('LMD-606', group=group, width=wide, remainder=wide % group, proposal=near,
                                       layer=f'{source.layer_path(i)}.{source.linear_names()[role]}',
                                       possible=', '.join(map(str, fitting)) or '-1')  # fmt: skip

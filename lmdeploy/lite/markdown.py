@@ -29,10 +29,10 @@ def title(report: Report) -> str:
 
 def fact_rows(report: Report) -> list[tuple[str, str]]:
     """The run in short."""
-    sizes, calibration = report.sizes, report.calibration
+    calibration = report.calibration
     rows = [('command', report.command), ('output', report.output),
-            ('size', f'{mib(sizes.before)} -> {mib(sizes.after)} ({sizes.after / max(sizes.before, 1):.0%})'),
-            ('bits per weight', f'{sizes.bits_per_weight:.3f} in quantised layers, scales included'),
+            ('size', size_words(report)),
+            ('bits per weight', f'{report.sizes.bits_per_weight:.3f} in quantised layers, scales included'),
             ('time', f'{report.seconds:.1f} s on {report.device}'), ('peak memory', mib(report.peak_bytes)),
             ('mean relative loss', f'{report.loss:.3e}'), ('lmdeploy', report.lmdeploy)]  # fmt: skip
     if calibration is not None:
@@ -72,6 +72,13 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ['---'] * len(headings), *rows]
     return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in line) + ' |'
                      for line in lines)  # fmt: skip
+
+
+def size_words(report: Report) -> str:
+    """``256.6 MiB in 16 bits -> 108.6 MiB (42%)``, and what the source's file held if that is another."""
+    sizes = report.sizes
+    words = f'{mib(sizes.before)} in 16 bits -> {mib(sizes.after)} ({sizes.after / max(sizes.before, 1):.0%})'
+    return words if abs(sizes.stored - sizes.before) < 0.01 * sizes.before else f'{words}; source {mib(sizes.stored)}'
 
 
 def mib(count: int) -> str:

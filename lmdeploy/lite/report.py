@@ -41,9 +41,14 @@ class CalibrationReport:
 
 @dataclass(slots=True)
 class Sizes:
-    """Bytes of all tensors before and after, and bits of one weight of the quantised layers, scales included."""
+    """Bytes of all tensors and bits of one weight of the quantised layers, scales included.
+
+    Attributes:
+        before: in 16 bits. stored: in the source's own file, which may be a GGUF file with fewer. after: as written.
+    """
 
     before: int
+    stored: int
     after: int
     bits_per_weight: float
 
@@ -100,7 +105,8 @@ def sizes_of(source: Source, work: WorkDir, linears: Sequence[str]) -> Sizes:
     """Sizes of all tensors; of the ``linears`` (full names) the bits per weight."""
     checkpoint = source.checkpoint
     stored = [checkpoint.stored(name) for name in checkpoint.names()]
-    before = sum(tensor.nbytes or 2 * prod(tensor.shape) for tensor in stored)
+    before = sum(2 * prod(tensor.shape) for tensor in stored)
+    found = sum(tensor.nbytes for tensor in stored)
     after = sum(record.bytes for record in work.shards.values())
     names, bits = set(linears), 0
     for record in work.shards.values():
@@ -109,7 +115,7 @@ def sizes_of(source: Source, work: WorkDir, linears: Sequence[str]) -> Sizes:
                 layer, _, kind = name.rpartition('.')
                 bits += 8 * shard.stored(name).nbytes if layer in names and kind != 'bias' else 0
     weights = source.num_layers * sum(out * wide for _, out, wide in source.sizes())
-    return Sizes(before, after, bits / weights)
+    return Sizes(before, found, after, bits / weights)
 
 
 def loads_in(storage: Storage, extra: bool) -> dict[str, str]:

@@ -113,6 +113,7 @@ class WorkDir:
         target = self.path / name
         beside = target.with_name(target.name + '.tmp')
         fill(beside)
+        beside.chmod(0o644)
         digest = _sync(beside)
         os.replace(beside, target)
         _sync_folder(target.parent)

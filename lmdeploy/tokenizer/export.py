@@ -50,4 +50,4 @@ def _fast(vocabulary: FastVocabulary, tokenizer: Tokenizer) -> str:
         bos = tokenizer.token_piece(tokenizer.bos_token_id)
         full.post_processor = TemplateProcessing(single=[bos, '$A'], pair=[bos, '$A', '$B'],
                                                  special_tokens=[(bos, tokenizer.bos_token_id)])  # fmt: skip
-    return full.to_str(pretty=True)
+    return full.to_str()
