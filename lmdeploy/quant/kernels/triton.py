@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.ops.activation import ACTIVATIONS
+from lmdeploy.ops.devices import HOPPER, refuse_triton
 from lmdeploy.ops.linear import GATE_GROUP, interleave
 from lmdeploy.ops.packed_linear import CODES, WIDTH, PackedWeight, pack, packed_codes_linear, packed_linear
 from lmdeploy.ops.quantize import TYPES, CodesOf, TokenCodes, gate_mul_quantize, quantize_static, quantize_tokens
@@ -192,9 +193,9 @@ def _scaled(bundle: LinearBundle, case: KernelCase, *, gated: bool = False) -> S
 
 
 def _refuse_packed(case: KernelCase) -> list[str]:
-    scheme, reasons = case.scheme, []
-    if packed_linear.falls_back(OpCase(case.device.type, case.dtype)):
-        reasons.append(f'no kernel for {case.dtype} on {case.device.type}')
+    scheme, reasons = case.scheme, refuse_triton(case.device, HOPPER)
+    if not reasons and packed_linear.falls_back(OpCase(case.device.type, case.dtype)):
+        reasons.append(f'no kernel for {case.dtype}')
     if scheme.name not in SCALED or scheme.bits not in CODES:
         reasons.append(f'knows integers of {min(CODES)} to {max(CODES)} bits, and float8')
     if scheme.group % WIDTH:
@@ -207,11 +208,9 @@ def _refuse_packed(case: KernelCase) -> list[str]:
 
 
 def _refuse_scaled(case: KernelCase) -> list[str]:
-    scheme, reasons = case.scheme, []
+    scheme, reasons = case.scheme, refuse_triton(case.device, HOPPER)
     if scheme.activation not in TYPES:
         reasons.append(f'quantises inputs to {", ".join(TYPES)}')
-    elif scaled_linear.falls_back(OpCase(case.device.type, TYPES[scheme.activation])):
-        reasons.append(f'no kernel for {scheme.activation} on {case.device.type}')
     if ('int8' if (scheme.name, scheme.bits) == ('int', 8) else scheme.name) != scheme.activation:
         reasons.append('needs a weight of the type of inputs')
     if not scheme.symmetric:
