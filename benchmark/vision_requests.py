@@ -125,6 +125,9 @@ def pace(core: EngineCore, texts: list[EngineInput], beside: list[EngineInput]) 
                 last[delta.id] = now
             if delta.finish is not None and delta.id == active:
                 active = ''
+        if beside and not pending and not active:
+            for text in texts:
+                core.abort(text.id)
     return gaps
 
 
@@ -184,7 +187,7 @@ def main() -> None:
             print(f'{count} pictures, {width:2d} at a time: {len(requests) / seconds:6.2f} requests/s, first token '
                   f'{statistics.median(first) * 1e3:7.1f} ms (median), encoder {encoding / seconds:4.0%} of the time',
                   flush=True)  # fmt: skip
-    quiet = pace(core, [request(f'q{i}', [], vocab, 400, i) for i in range(8)], [])
+    quiet = pace(core, [request(f'q{i}', [], vocab, 300, i) for i in range(8)], [])
     beside = [request(f'p{i}', [fresh(pool[i % len(pool)])], vocab, 8, i) for i in range(6)]
     disturbed = pace(core, [request(f't{i}', [], vocab, 1500, i) for i in range(8)], beside)
     print(f'text alone: {shown(quiet)}\nbeside pictures: {shown(disturbed)}; '
