@@ -10,10 +10,9 @@ from torch import Tensor
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.devices import HOPPER, refuse_triton
 from lmdeploy.ops.linear import GATE_GROUP, interleave
-from lmdeploy.ops.packed_linear import CODES, WIDTH, PackedWeight, pack, packed_codes_linear, packed_linear
+from lmdeploy.ops.packed_linear import CODES, MAGIC, WIDTH, PackedWeight, pack, packed_codes_linear, packed_linear
 from lmdeploy.ops.quantize import TYPES, CodesOf, TokenCodes, gate_mul_quantize, quantize_static, quantize_tokens
 from lmdeploy.ops.scaled_linear import ScaledWeight, scaled_linear
-from lmdeploy.ops.table import OpCase
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels.base import SCALED, KernelCase
 from lmdeploy.quant.scheme import FLOAT8
@@ -193,9 +192,9 @@ def _scaled(bundle: LinearBundle, case: KernelCase, *, gated: bool = False) -> S
 
 
 def _refuse_packed(case: KernelCase) -> list[str]:
-    scheme, reasons = case.scheme, refuse_triton(case.device, HOPPER)
-    if not reasons and packed_linear.falls_back(OpCase(case.device.type, case.dtype)):
-        reasons.append(f'no kernel for {case.dtype}')
+    scheme, reasons = case.scheme, []
+    if case.dtype not in MAGIC:
+        reasons.append('needs inputs of 16 bits')
     if scheme.name not in SCALED or scheme.bits not in CODES:
         reasons.append(f'knows integers of {min(CODES)} to {max(CODES)} bits, and float8')
     if scheme.group % WIDTH:
@@ -204,11 +203,11 @@ def _refuse_packed(case: KernelCase) -> list[str]:
         reasons.append('does not quantise inputs')  # those of narrower weights may stay exact: that is no slower
     if case.in_features % 8:
         reasons.append('needs a multiple of 8 inputs')
-    return reasons
+    return reasons or refuse_triton(case.device, HOPPER)
 
 
 def _refuse_scaled(case: KernelCase) -> list[str]:
-    scheme, reasons = case.scheme, refuse_triton(case.device, HOPPER)
+    scheme, reasons = case.scheme, []
     if scheme.activation not in TYPES:
         reasons.append(f'quantises inputs to {", ".join(TYPES)}')
     if ('int8' if (scheme.name, scheme.bits) == ('int', 8) else scheme.name) != scheme.activation:
@@ -219,7 +218,7 @@ def _refuse_scaled(case: KernelCase) -> list[str]:
         reasons.append('needs one scale per channel, or groups of 128')
     if case.in_features % 16:
         reasons.append('needs a multiple of 16 inputs')
-    return reasons
+    return reasons or refuse_triton(case.device, HOPPER)
 
 
 def _refuse_width(case: KernelCase) -> list[str]:
