@@ -24,7 +24,7 @@ from lmdeploy.cli.args import (
 )
 from lmdeploy.cli.screen import Screen
 from lmdeploy.config import env
-from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig, VisionConfig
 
 if TYPE_CHECKING:
     import socket
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lmdeploy.serve.auth import KeyRing
     from lmdeploy.serve.context import ServerContext
     from lmdeploy.serve.limits import Limits
+    from lmdeploy.serve.media import MediaRules
     from lmdeploy.serve.proxy.membership import Membership
     from lmdeploy.serve.remote import ProcessEngine
 
@@ -84,7 +85,11 @@ OPTIONS = (
     Option('--log-level', str, None, 'ERROR, WARNING, INFO or DEBUG (default: WARNING)', 'LEVEL'),
     Option('--log-format', str, 'text', 'text or json', 'FORMAT'),
     Option('--max-log-len', int, None, 'accepted; prompts are never logged', 'N'),
-    Option('--vision-max-batch-size', int, 1, 'accepted for models that read text only', 'N'),
+    Option('--vision-max-batch-size', int, 1, 'pictures that a step encodes at most (1: as many as fit)', 'N'),
+    Option('--disable-media-url', bool, False, 'take pictures as data only, and fetch none'),
+    Option('--allowed-media-domains', list, [], 'fetch pictures from these hosts only; .suffix: all below it', 'HOST'),
+    Option('--allowed-media-networks', list, [], 'fetch pictures from these addresses too, though not public', 'CIDR'),
+    Option('--allowed-local-media-path', str, None, 'read file: URLs of pictures below this folder', 'FOLDER'),
     Option('--trust-remote-code', bool, False, 'accepted; code in a model folder is never run'),
     Option('--proxy-url', str, None, 'register at the proxy with this address', 'URL'),
     Option('--node-key', str, None, 'the key of that proxy for nodes (better: LMDEPLOY_NODE_KEY)', 'KEY'),
@@ -94,7 +99,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[], Any]]] = {
     'api_keys': ('LMDEPLOY_API_KEYS', env.api_keys), 'node_key': ('LMDEPLOY_NODE_KEY', env.node_key),
     'log_level': ('LMDEPLOY_LOG_LEVEL', env.log_level)}
 """Options that a variable gives where nothing else does."""
-HINTS = ('max_log_len', 'vision_max_batch_size', 'trust_remote_code')
+HINTS = ('max_log_len', 'trust_remote_code')
 ALL_ENGINE_OPTIONS = (
     *ENGINE_OPTIONS,
     EngineOption('--dp', 'dp', 'dp', int, 'only 1'),
@@ -269,6 +274,32 @@ def _check(args: argparse.Namespace) -> None:
                           reason='it must be a number of seconds from 0')
 
 
+def _media(args: argparse.Namespace) -> MediaRules:
+    """Where pictures may come from.
+
+    Raises:
+        ConfigError: LMD-527.
+    """
+    from ipaddress import ip_network
+
+    from lmdeploy.errors import ConfigError
+    from lmdeploy.serve.media import MediaRules
+
+    networks = []
+    for text in args.allowed_media_networks:
+        try:
+            networks.append(ip_network(text))
+        except ValueError:
+            raise ConfigError('LMD-527', option='--allowed-media-networks', value=text,
+                              reason='it must be an address, or a network such as 10.0.0.0/8') from None
+    folder = None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path).resolve()
+    if folder is not None and not folder.is_dir():
+        raise ConfigError('LMD-527', option='--allowed-local-media-path', value=args.allowed_local_media_path,
+                          reason='it must be a folder')
+    return MediaRules(not args.disable_media_url, tuple(name.lower() for name in args.allowed_media_domains),
+                      tuple(networks), folder)
+
+
 def _keys(args: argparse.Namespace) -> KeyRing:
     from lmdeploy.serve.auth import KeyRing, read_keys
 
@@ -301,7 +332,8 @@ def _serve(args: argparse.Namespace, screen: Screen, limits: Limits, keys: KeyRi
     from lmdeploy.serve.remote import ProcessEngine
 
     public, template = engine_config(args, ALL_ENGINE_OPTIONS), template_config(args)
-    config, loopback = normalise(public), is_loopback(sock)
+    vision = VisionConfig(max_batch_size=args.vision_max_batch_size)
+    config, loopback = normalise(public, vision), is_loopback(sock)
     if args.enable_admin and not loopback and not keys.required:
         raise ConfigError('LMD-527', option='--enable-admin', value=True,
                           reason='on an address that others can reach, administrative routes need --admin-api-keys')
@@ -318,7 +350,7 @@ def _serve(args: argparse.Namespace, screen: Screen, limits: Limits, keys: KeyRi
         tool_parser=args.tool_call_parser, reasoning_parser=args.reasoning_parser, check_host=loopback,
         public_metrics=args.public_metrics, docs=not args.disable_fastapi_docs, page=not args.no_ui,
         expose_metrics=not args.disable_metrics, share_prefix_cache=args.share_prefix_cache,
-        max_concurrent_requests=args.max_concurrent_requests or 0, audit=audit,
+        max_concurrent_requests=args.max_concurrent_requests or 0, audit=audit, media_rules=_media(args),
         terminate=stop.set if args.allow_terminate_by_client else None)
     scheme = 'https' if tls is not None else 'http'
     host = args.server_name if ':' not in args.server_name else f'[{args.server_name}]'

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy.cli.args import (
     UsageError,
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              'default: asks on a terminal, else smollm2:135m')
     parser.add_argument('-q', '--question', default=None, metavar='TEXT',
                         help='answer this and leave; - reads it from standard input')
+    parser.add_argument('--image', action='append', default=[], metavar='FILE',
+                        help='a picture that the first question is about: a file or a URL; may be given again')
     parser.add_argument('--verbose', action='store_true', help='print the speed after each answer')
     parser.add_argument('--log-level', default=None, metavar='LEVEL', help='ERROR, WARNING, INFO or DEBUG')
     add_generation_arguments(parser, DEFAULTS)
@@ -55,10 +57,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     settings = _settings(args)
     question, reader = source(args.question)
     terminal = reader is None and question is None
+    images = _images(args.image)
     alias = _model(args.model, terminal, screen)
     pipe, seconds = _load(alias, args, config, template, screen)
     with pipe:
-        return _talk(pipe, settings, args.system, screen, question, reader, seconds)
+        return _talk(pipe, settings, args.system, screen, question, reader, seconds, images)
 
 
 def source(question: str | None) -> tuple[str | None, Reader | None]:
@@ -87,6 +90,19 @@ def source(question: str | None) -> tuple[str | None, Reader | None]:
     if first is None:
         raise UsageError('LMD-404')
     return first, reader
+
+
+def _images(sources: list[str]) -> list[Any]:
+    """The pictures, loaded before the model is.
+
+    Raises:
+        RequestError: LMD-665 and following.
+    """
+    if not sources:
+        return []
+    from lmdeploy.vl import load_image
+
+    return [load_image(source) for source in sources]
 
 
 def _model(named: str | None, terminal: bool, screen: Screen) -> str:
@@ -124,11 +140,11 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _talk(pipe: Pipeline, settings: Settings, system: str | None, screen: Screen, question: str | None,
-          reader: Reader | None, seconds: float) -> int:
+          reader: Reader | None, seconds: float, images: list[Any]) -> int:
     from lmdeploy.cli.conversation import Conversation
     from lmdeploy.cli.repl import converse
 
     settings = settings.change([], pipe.frontend.capacity.vocab_size)
-    conversation = Conversation(pipe.frontend, settings.gen, system)
+    conversation = Conversation(pipe.frontend, settings.gen, system, images=images)
     return converse(conversation, settings, screen, question, reader,
                     lambda: screen.note('ready', seconds=seconds, session_len=pipe.session_len))

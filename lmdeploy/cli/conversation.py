@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from lmdeploy.frontend.bridge import LoopThread
 from lmdeploy.frontend.frontend import AsyncFrontend, RequestOutput
@@ -29,7 +29,7 @@ class Talk(Protocol):
 
     gen: GenerationConfig
     system: str | None
-    turns: list[dict[str, str]]
+    turns: list[dict[str, Any]]
 
     @property
     def vocab_size(self) -> int: ...
@@ -56,12 +56,14 @@ class Conversation:
         gen: how answers are generated; may be replaced between turns.
         system: the system prompt; None leaves it to the template.
         turns: user and assistant messages, alternating.
+        images: pictures that the next question is about.
     """
 
     frontend: AsyncFrontend
     gen: GenerationConfig
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     loop: LoopThread = field(default_factory=LoopThread)
 
     @property
@@ -75,7 +77,10 @@ class Conversation:
         failed is not.
         """
         system = [{'role': 'system', 'content': self.system}] if self.system is not None else []
-        turn = {'role': 'user', 'content': question}
+        turn: dict[str, Any] = {'role': 'user', 'content': question}
+        if self.images:
+            turn['content'] = [*({'type': 'image', 'image': image} for image in self.images),
+                               {'type': 'text', 'text': question}]
         prompt = Prompt(messages=[*system, *self.turns, turn])
         pieces = self.loop.iterate(self.frontend.generate(prompt, self.gen))
         answer, failed = '', False
@@ -88,6 +93,7 @@ class Conversation:
             pieces.close()  # type: ignore[attr-defined]
             if answer and not failed:
                 self.turns += [turn, {'role': 'assistant', 'content': answer}]
+                self.images = []
 
     def reset(self) -> None:
         """Forget what was said; the system prompt and the settings stay."""

@@ -34,7 +34,7 @@ class RemoteConversation:
     session_id: int
     gen: GenerationConfig
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     _remembered: list[dict[str, str]] | None = None  # what the server has been told
 
     vocab_size = 1 << 31  # the server checks token ids

@@ -237,8 +237,7 @@ def _max_pictures(vision: VisionConfig | None) -> int | None:
         return None
     if not isinstance(vision, VisionConfig):
         raise ConfigError('LMD-228', field='vision_config', given=type(vision).__name__, wanted='a VisionConfig')
-    size = vision.max_batch_size
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_COUNT:
-        raise ConfigError('LMD-228', field='VisionConfig.max_batch_size', given=type(size).__name__ if not isinstance(size, int) else f'{size}',
-                          wanted='a whole number from 1')
-    return size if size > 1 else None
+    rule = _count('max_pictures', none=False)
+    assert rule.set is not None
+    asked = rule.set('max_batch_size', vision.max_batch_size)['max_pictures']
+    return asked if asked > 1 else None

@@ -60,5 +60,7 @@ def pictures_of(path: Path, tokenizer: Any, capacity: Capacity, load: Callable[[
     if config is None:
         return None
     if load is None:
-        from lmdeploy.vl.load import load_image as load
+        from lmdeploy.vl.load import load_image
+
+        load = load_image
     return Pictures(config, tokenizer, capacity.vocab_size, load)

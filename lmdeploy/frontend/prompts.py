@@ -37,8 +37,8 @@ class Prompt:
 def classify(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
     """Sort out what ``pipe(...)`` was given.
 
-    ``str``, ``(str, picture or list of pictures)``, one list of messages and one list of token ids are single prompts; a
-    list of any of these is a batch. A list whose first element is a dict is one conversation, a list of integers one
+    ``str``, ``(str, picture or list of pictures)``, one list of messages and one list of token ids are single prompts;
+    a list of any of these is a batch. A list whose first element is a dict is one conversation, a list of integers one
     tokenised prompt.
 
     Returns:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from lmdeploy.engine.metrics import EngineStats
+from lmdeploy.errors import RequestError
 from lmdeploy.frontend.frontend import AsyncFrontend
+from lmdeploy.frontend.prompts import Prompt
 from lmdeploy.serve.admission import Admission
 from lmdeploy.serve.audit import AuditLog
 from lmdeploy.serve.auth import KeyRing
 from lmdeploy.serve.deadline import Deadline
 from lmdeploy.serve.errors import HttpError
 from lmdeploy.serve.limits import Limits
+from lmdeploy.serve.media import Media, MediaRules
 from lmdeploy.serve.meter import EngineMeter, Meter
 from lmdeploy.serve.metrics import ServerMetrics
 from lmdeploy.serve.middleware import Cors
@@ -113,6 +116,7 @@ class ServerContext:
         expose_metrics: serve ``/metrics``.
         share_prefix_cache: let the requests of different keys share cached prefixes.
         created: Unix time that ``/v1/models`` tells.
+        media_rules: where pictures may come from.
         terminate: shuts the server down; None: clients cannot ask for that.
     """
 
@@ -132,6 +136,7 @@ class ServerContext:
     max_concurrent_requests: int = 0
     audit: AuditLog | None = None
     created: int = 0
+    media_rules: MediaRules = MediaRules()
     terminate: Callable[[], None] | None = None
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     draining: bool = False
@@ -139,10 +144,12 @@ class ServerContext:
     deadlines: set[Deadline] = field(default_factory=set)
     admission: Admission = field(init=False)
     pool: ThreadPoolExecutor = field(init=False)
+    media: Media = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.limits, most=self.max_concurrent_requests)
         self.pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix='lmdeploy-prepare')
+        self.media = Media(self.media_rules, self.limits)
 
     def frontend(self) -> AsyncFrontend:
         """The way to the engine.
@@ -165,6 +172,18 @@ class ServerContext:
         frontend = self.engine.frontend
         assert frontend is not None, 'nothing runs before the engine is loaded'
         return frontend
+
+    async def load_pictures(self, frontend: AsyncFrontend, prompt: Prompt) -> Prompt:
+        """``prompt`` with its pictures loaded.
+
+        Raises:
+            RequestError: LMD-304, the model reads text only; HttpError: a picture cannot be had.
+        """
+        if not prompt.has_pictures:
+            return prompt
+        if frontend.pictures is None:
+            raise RequestError('LMD-304')
+        return await self.media.load(prompt)
 
     def parser_names(self, frontend: AsyncFrontend) -> ParserNames:
         """The parsers for this model's answers."""

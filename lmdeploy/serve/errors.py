@@ -40,6 +40,7 @@ class Fault:
 INVALID = Fault(400, 'invalid_request_error', 'invalid_request')
 UNSUPPORTED = Fault(400, 'invalid_request_error', 'unsupported_feature')
 TOO_LONG = Fault(400, 'invalid_request_error', 'context_length_exceeded')
+IMAGE = Fault(400, 'invalid_request_error', 'invalid_image')
 UNAVAILABLE = Fault(503, 'server_error', 'engine_unavailable', hidden=True)
 INTERNAL = Fault(500, 'server_error', 'internal_error', hidden=True)
 
@@ -54,6 +55,13 @@ FAULTS: dict[str, Fault] = {
     'LMD-207': Fault(503, 'server_error', 'out_of_memory', hidden=True),
     'LMD-330': TOO_LONG,
     'LMD-332': TOO_LONG,
+    'LMD-667': IMAGE,
+    'LMD-668': IMAGE,
+    'LMD-669': IMAGE,
+    'LMD-671': IMAGE,
+    'LMD-678': Fault(400, 'invalid_request_error', 'image_not_fetched'),
+    'LMD-679': Fault(400, 'invalid_request_error', 'image_url_not_allowed'),
+    'LMD-683': IMAGE,
     'LMD-334': Fault(500, 'server_error', 'numerical_error'),
     'LMD-335': Fault(500, 'server_error', 'grammar_dead_end'),
     'LMD-336': INTERNAL,

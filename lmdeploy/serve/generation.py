@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -134,7 +134,9 @@ def _check_size(context: ServerContext, works: Sequence[Work], answers: int) -> 
 
 
 async def _prepare(context: ServerContext, frontend: AsyncFrontend, works: Sequence[Work]) -> list[Prepared]:
-    """Templates and tokens, in a thread."""
+    """Pictures; templates and tokens, in a thread."""
+    works = [replace(work, prompt=await context.load_pictures(frontend, work.prompt)) for work in works]
+
     def prepare() -> list[Prepared]:
         return [frontend.prepare(work.prompt, work.gen, do_preprocess=work.do_preprocess,
                                  sequence_start=work.sequence_start, tools=work.tools,

@@ -46,6 +46,12 @@ class Limits:
     logprobs: int = _limit(20, 'tokens', 'alternatives per token')
     tools: int = _limit(128, 'entries', 'tools')
     tool_bytes: int = _limit(256 << 10, 'bytes', 'all tools together, as JSON')
+    images: int = _limit(16, 'pictures', 'of one request')
+    image_bytes: int = _limit(20 * MIB, 'bytes', 'one picture as it is stored')
+    image_pixels: int = _limit(40_000_000, 'pixels', 'one picture')
+    images_bytes: int = _limit(64 * MIB, 'bytes', 'all pictures of one request')
+    images_pixels: int = _limit(80_000_000, 'pixels', 'all pictures of one request')
+    fetch_seconds: int = _limit(10, 'seconds', 'to fetch one picture')
     name_chars: int = _limit(256, 'characters', 'user, and other names that a request gives')
     # what a client may hold
     stream_bytes: int = _limit(256 << 10, 'bytes', 'a stream that its reader has not taken yet')

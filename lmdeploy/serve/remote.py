@@ -12,8 +12,10 @@ from lmdeploy.config.encoder import is_encoder
 from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.remote import Health, ProcessClient
 from lmdeploy.frontend.frontend import AsyncFrontend
+from lmdeploy.frontend.pictures import pictures_of
 from lmdeploy.grammar.checker import Checker
 from lmdeploy.grammar.sandbox import Sandbox
+from lmdeploy.serve.media import only_loaded
 from lmdeploy.tokenizer import Tokenizer
 
 
@@ -44,7 +46,7 @@ class ProcessEngine:
         finally:
             engine.cancel()
         self.frontend = AsyncFrontend(self.client, tokenizer, template, capacity, self.client.context_len,
-                                      Checker(Sandbox()))
+                                      Checker(Sandbox()), pictures_of(self._path, tokenizer, capacity, only_loaded))
 
     def health(self) -> Health:
         return self.client.health()

@@ -21,12 +21,12 @@ class _Draft:
     """A message that may still grow."""
 
     role: str
-    texts: list[str] = field(default_factory=list)
+    texts: list[str | dict[str, Any]] = field(default_factory=list)  # and pictures, as content parts
     thoughts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def message(self) -> Message:
-        message: Message = {'role': self.role, 'content': '\n'.join(self.texts) if self.texts else None}
+        message: Message = {'role': self.role, 'content': _content(self.texts) if self.texts else None}
         if self.thoughts:
             message['reasoning_content'] = '\n'.join(self.thoughts)
         if self.calls:
@@ -59,8 +59,12 @@ class Turns:
 
     def say(self, role: str, text: str) -> None:
         """Somebody says something."""
+        self.put(role, [text])
+
+    def put(self, role: str, said: Iterable[str | dict[str, Any]]) -> None:
+        """Somebody says texts and shows pictures, which have the form of content parts."""
         grows = self._draft is not None and self._draft.role == role and (role == 'assistant' or self._join)
-        (self._draft if grows and self._draft is not None else self._open(role)).texts.append(text)
+        (self._draft if grows and self._draft is not None else self._open(role)).texts.extend(said)
 
     def think(self, text: str) -> None:
         """The assistant thinks."""
@@ -92,14 +96,16 @@ class Turns:
 
     def answer(self, blocks: Iterable[Block]) -> None:
         """What the model has answered. A message of its own that it was to continue goes on with the first text."""
-        goes_on = self._draft is not None and self._draft.role == 'assistant' and bool(self._draft.texts)
+        draft = self._draft
+        goes_on = (draft is not None and draft.role == 'assistant' and bool(draft.texts)
+                   and isinstance(draft.texts[-1], str))
         for block in blocks:
             if block.kind == 'reasoning':
                 self.think(block.text)
             elif block.kind == 'call':
                 self.call(block.id, block.name, block.text, 'output')
             elif goes_on and self._draft is not None:
-                self._draft.texts[-1] += block.text
+                self._draft.texts[-1] = f'{self._draft.texts[-1]}{block.text}'
                 goes_on = False
             else:
                 self.say('assistant', block.text)
@@ -119,8 +125,24 @@ class Turns:
             self._draft = None
 
 
+def _content(said: list[str | dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Texts as one, of lines; with pictures among them, content parts in their order."""
+    if all(isinstance(item, str) for item in said):
+        return '\n'.join(item for item in said if isinstance(item, str))
+    parts: list[dict[str, Any]] = []
+    for item in said:
+        if not isinstance(item, str):
+            parts.append(item)
+        elif parts and parts[-1]['type'] == 'text':
+            parts[-1] = {'type': 'text', 'text': f'{parts[-1]["text"]}\n{item}'}
+        else:
+            parts.append({'type': 'text', 'text': item})
+    return parts
+
+
 def _reopen(message: Message) -> _Draft:
     """A message of the assistant to which more may come; the message itself stays as it is."""
     content, thoughts = message.get('content'), message.get('reasoning_content')
-    return _Draft('assistant', [] if content is None else [content], [] if thoughts is None else [thoughts],
+    texts = [] if content is None else list(content) if isinstance(content, list) else [content]
+    return _Draft('assistant', texts, [] if thoughts is None else [thoughts],
                   [*message.get('tool_calls', ())])

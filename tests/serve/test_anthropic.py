@@ -251,7 +251,7 @@ IMAGE = {'type': 'image', 'source': {'type': 'base64', 'media_type': 'image/png'
     ({'messages': []}, 'messages'),
     ({'messages': [{'role': 'tool', 'content': 'x'}]}, 'messages.0.role'),
     ({'messages': [{'role': 'user'}]}, 'messages.0.content'),
-    (user(IMAGE), 'messages.0.content.0'),
+    (user({'type': 'image', 'source': {'type': 'url'}}), 'messages.0.content.0.source'),
     (user({'type': 'text'}), 'messages.0.content.0.text'),
     (user({'type': 'document', 'source': {}}), 'messages.0.content.0'),
     (user({'text': 'x'}), 'messages.0.content.0.type'),
@@ -259,9 +259,6 @@ IMAGE = {'type': 'image', 'source': {'type': 'base64', 'media_type': 'image/png'
     (user(RESULT), 'messages.0.content.0.tool_use_id'),
     (user({'type': 'tool_use', 'id': 'a', 'name': 'b', 'input': {}}), 'messages.0.content.0'),
     ({'messages': [{'role': 'assistant', 'content': [RESULT]}]}, 'messages.0.content.0'),
-    ({'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': [
-        {'type': 'tool_use', 'id': 'none', 'name': 'b', 'input': {}}]},
-        {'role': 'user', 'content': [RESULT | {'content': [IMAGE]}]}]}, 'messages.2.content.0.content.0'),
     ({'system': [{'type': 'image'}]}, 'system.0.type'),
     ({'temperature': 3}, 'temperature'),
     ({'temperature': True}, 'temperature'),
@@ -292,6 +289,16 @@ def test_what_cannot_be_done_is_refused_and_named(serve, change, place):
     server = serve(tool_parser='qwen', reasoning_parser='qwen3')
     told = failed(server.post(URL, ASK | change), 400, 'invalid_request_error')
     assert (f': {place}: ' if 'LMD-512' in told else f': {place} is not supported: ') in told
+    assert server.client.stats().accepted == 0
+
+
+@pytest.mark.parametrize('change', [user(IMAGE), {'messages': [
+    {'role': 'user', 'content': 'x'},
+    {'role': 'assistant', 'content': [{'type': 'tool_use', 'id': 'none', 'name': 'b', 'input': {}}]},
+    {'role': 'user', 'content': [RESULT | {'content': [IMAGE]}]}]}])
+def test_pictures_need_a_model_that_reads_them(serve, change):
+    server = serve()
+    assert 'LMD-304' in failed(server.post(URL, ASK | change), 400, 'invalid_request_error')
     assert server.client.stats().accepted == 0
 
 

@@ -162,7 +162,7 @@ REFUSALS = [
     ({'messages': []}, 'messages', 'invalid_request'),
     ({'messages': [{'content': 'x'}]}, 'messages.0.role', 'invalid_request'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]}, None,
-     'invalid_request'),
+     'unsupported_feature'),
     ({'messages': None}, 'messages', 'invalid_request'),
     ({'n': 0}, 'n', 'invalid_request'),
     ({'n': 1.5}, 'n', 'invalid_request'),

@@ -9,6 +9,7 @@ from typing import Any
 from lmdeploy.serve.anthropic.protocol import (
     TOOL_REFUSED,
     CountTokensRequest,
+    ImageBlock,
     MessageParam,
     MessagesRequest,
     OtherBlock,
@@ -103,12 +104,17 @@ def _add(turns: Turns, message: MessageParam, param: str) -> None:
         place = f'{param}.{j}'
         if isinstance(block, TextBlock):
             turns.say(message.role, block.text)
+        elif isinstance(block, ImageBlock):
+            turns.put(message.role, [_image(block, place)])
         elif isinstance(block, ThinkingBlock) and message.role == 'assistant':
             turns.think(block.thinking)
         elif isinstance(block, ToolUseBlock) and message.role == 'assistant':
             turns.call(block.id, block.name, json.dumps(block.input, ensure_ascii=False), f'{place}.id')
         elif isinstance(block, ToolResultBlock) and message.role == 'user':
             turns.result(block.tool_use_id, _result(block, place), f'{place}.tool_use_id')
+            for k, part in enumerate(block.content if isinstance(block.content, list) else ()):
+                if isinstance(part, ImageBlock):  # results are text: what they show, the user shows
+                    turns.put('user', [_image(part, f'{place}.content.{k}')])
         elif isinstance(block, OtherBlock):
             raise _refuse(block, place)
         else:
@@ -127,6 +133,17 @@ def _result(block: ToolResultBlock, place: str) -> str:
                 raise _refuse(part, f'{place}.content.{k}')
         text = _texts([part for part in text if isinstance(part, TextBlock)])
     return ERROR + text if block.is_error else text
+
+
+def _image(block: ImageBlock, place: str) -> dict[str, Any]:
+    """A picture in OpenAI's terms."""
+    source = block.source
+    if source.type == 'url' and source.url is not None:
+        return {'type': 'image_url', 'image_url': {'url': source.url}}
+    if source.type == 'base64' and source.data is not None:
+        return {'type': 'image_url', 'image_url': {'url': f'data:{source.media_type or ""};base64,{source.data}'}}
+    raise HttpError('LMD-512', param=f'{place}.source', reason=f'a source of type {source.type!r} needs its '
+                    f'{"url" if source.type == "url" else "data"}')
 
 
 def _texts(blocks: Sequence[TextBlock]) -> str:

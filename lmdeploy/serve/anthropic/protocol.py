@@ -57,18 +57,37 @@ class ToolUseBlock(Body):
     input: dict[str, Any]
 
 
+class ImageSource(Body):
+    """Where a picture is: base64 text with its media type, or a URL."""
+
+    type: Literal['base64', 'url']
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+
+
+class ImageBlock(Body):
+    type: Literal['image']
+    source: ImageSource
+
+
 class OtherBlock(Body):
-    """An image, a document, or what else there is."""
+    """A document, or what else there is."""
 
     type: str
 
 
+RESULT_TAGS = {'text': 'TextBlock', 'image': 'ImageBlock'}
+
+
 def _result_tag(value: Any) -> str:
-    return 'TextBlock' if _type_of(value) == 'text' else 'OtherBlock'
+    kind = _type_of(value)
+    return RESULT_TAGS.get(kind, 'OtherBlock') if isinstance(kind, str) else 'OtherBlock'
 
 
-ResultPart = Annotated[Annotated[TextBlock, Tag('TextBlock')] | Annotated[OtherBlock, Tag('OtherBlock')],
-                       Discriminator(_result_tag)]
+ResultPart = Annotated[
+    Annotated[TextBlock, Tag('TextBlock')] | Annotated[ImageBlock, Tag('ImageBlock')] |
+    Annotated[OtherBlock, Tag('OtherBlock')], Discriminator(_result_tag)]
 
 
 class ToolResultBlock(Body):
@@ -80,7 +99,7 @@ class ToolResultBlock(Body):
     is_error: bool | None = False
 
 
-TAGS = {'text': 'TextBlock', 'thinking': 'ThinkingBlock', 'tool_use': 'ToolUseBlock', 'tool_result': 'ToolResultBlock'}
+TAGS = {**RESULT_TAGS, 'thinking': 'ThinkingBlock', 'tool_use': 'ToolUseBlock', 'tool_result': 'ToolResultBlock'}
 
 
 def _block_tag(value: Any) -> str:
@@ -90,7 +109,8 @@ def _block_tag(value: Any) -> str:
 
 Block = Annotated[
     Annotated[TextBlock, Tag('TextBlock')] | Annotated[ThinkingBlock, Tag('ThinkingBlock')] |
-    Annotated[ToolUseBlock, Tag('ToolUseBlock')] | Annotated[ToolResultBlock, Tag('ToolResultBlock')] |
+    Annotated[ImageBlock, Tag('ImageBlock')] | Annotated[ToolUseBlock, Tag('ToolUseBlock')] |
+    Annotated[ToolResultBlock, Tag('ToolResultBlock')] |
     Annotated[OtherBlock, Tag('OtherBlock')], Discriminator(_block_tag)]
 
 

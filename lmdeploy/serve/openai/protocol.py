@@ -13,7 +13,8 @@ from pydantic import Field
 from lmdeploy.serve.body import ELSEWHERE, Body, Many, Probability, Refusals, Token
 
 SEED = 1 << 63
-IMAGES = 'the model reads text only'
+IMAGES = 'only text and pictures are read here'
+IN_PARTS = 'pictures are content parts of messages, with their options'
 REFUSED: Refusals = {
     'suffix': ((), 'filling in between two texts is not possible here'),
     'best_of': ((1,), 'ask for n answers and choose yourself'),
@@ -37,10 +38,10 @@ REFUSED: Refusals = {
     'with_cache': ((False,), ELSEWHERE),
     'preserve_cache': ((False,), ELSEWHERE),
     'adapter_name': ((), ELSEWHERE),
-    'image_url': ((), IMAGES),
-    'image_data': ((), IMAGES),
-    'media_io_kwargs': (({},), IMAGES),
-    'mm_processor_kwargs': (({},), IMAGES),
+    'image_url': ((), IN_PARTS),
+    'image_data': ((), IN_PARTS),
+    'media_io_kwargs': (({},), IN_PARTS),
+    'mm_processor_kwargs': (({},), IN_PARTS),
     'guided_json': ((), 'use response_format'),
     'guided_regex': ((), 'use response_format'),
     'guided_choice': ((), 'use response_format'),

@@ -91,7 +91,7 @@ def response_plan(body: ResponsesRequest, messages: Sequence[dict[str, Any]], li
 
 def _add(turns: Turns, item: Item, place: str) -> None:
     if isinstance(item, MessageItem):
-        turns.say(item.role, _text(item.content, f'{place}.content'))
+        _say(turns, item, f'{place}.content')
     elif isinstance(item, CallItem):
         turns.call(item.call_id, item.name, item.arguments, f'{place}.call_id')
     elif isinstance(item, CallOutputItem):
@@ -103,6 +103,23 @@ def _add(turns: Turns, item: Item, place: str) -> None:
     else:
         assert isinstance(item, OtherItem)
         raise HttpError('LMD-513', param=place, reason=f'items of type {item.type[:100]!r} are not known here')
+
+
+def _say(turns: Turns, item: MessageItem, place: str) -> None:
+    """A message; its texts and pictures in their order."""
+    if isinstance(item.content, str) or not any(part.type == 'input_image' for part in item.content):
+        turns.say(item.role, _text(item.content, place))
+        return
+    said: list[str | dict[str, Any]] = []
+    for k, part in enumerate(item.content):
+        if part.type != 'input_image':
+            said.append(_text([part], f'{place}.{k}'))
+        elif part.image_url is None:
+            raise HttpError('LMD-513', param=f'{place}.{k}', reason='only pictures with an image_url are known here')
+        else:
+            shown = {'url': part.image_url} | ({'detail': part.detail} if part.detail else {})
+            said.append({'type': 'image_url', 'image_url': shown})
+    turns.put(item.role, said)
 
 
 def _text(content: str | list[Part], place: str) -> str:

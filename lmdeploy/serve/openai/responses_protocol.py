@@ -35,11 +35,13 @@ def _type_of(value: Any) -> Any:
 
 
 class Part(Body):
-    """A part of a message; those that are no text are refused."""
+    """A part of a message; those that are neither text nor a picture are refused."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    detail: str | None = None
 
 
 class MessageItem(Body):

@@ -82,7 +82,8 @@ class Tokenize(_Handler):
             tokens = await self.in_thread(lambda: frontend.tokenizer.encode(
                 prompt, add_bos=or_default(body.add_special_tokens, True)))
         else:
-            conversation = Prompt(messages=messages(body.messages or [], limits))
+            said = Prompt(messages=messages(body.messages or [], limits))
+            conversation = await self.context.load_pictures(frontend, said)
             tools = plain_tools(body.tools, limits) if body.tools else None
             prepared = await self.in_thread(lambda: frontend.prepare(
                 conversation, GenerationConfig(), tools=tools, enable_thinking=body.enable_thinking,
