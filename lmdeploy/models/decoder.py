@@ -49,10 +49,15 @@ class DecoderLayer:
         self.mlp_post_norm = norm() if spec.post_norms else None
 
     def __call__(self, x: Tensor, residual: Tensor | None, post: RMSNorm | None, tables: tuple[Tensor, Tensor],
-                 kv: KVLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``x``, normalised by ``post``, is what the layer before adds to ``residual`` (None: x is the stream)."""
+                 kv: KVLayer, batch: ForwardBatch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``x``, normalised by ``post``, is what the layer before adds to ``residual`` (None: x is the stream).
+
+        ``rows [R] int64``: the tokens whose results are wanted; the others only leave their keys and values.
+        """
         normal, residual = self.attention_norm.for_layer(self.attention.qkv.takes, x, residual, post)
-        x = self.attention(normal, tables, kv, batch)
+        x = self.attention(normal, tables, kv, batch, rows)
+        if rows is not None:
+            residual = residual[rows]
         normal, residual = self.mlp_norm.for_layer(self.mlp.gate_up.takes, x, residual, self.attention_post_norm)
         return self.mlp(normal), residual
 
@@ -150,17 +155,24 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Write the step's keys and values into ``kv`` and return the hidden states ``[T, hidden]``, normalised."""
+        """Write the step's keys and values into ``kv`` and return the hidden states, normalised, of the tokens
+        ``batch.output_rows``: ``[R, hidden]``. The last layer computes no others."""
         self.prepare(batch, kv)
         tables = [rotary(batch.positions) for rotary in self.ropes]
         x, residual, post = self.embedding(batch.token_ids), None, None
         if batch.embeds is not None:
             x = x.index_copy(0, batch.embeds.rows, batch.embeds.values)
+        rows = None if batch.every_row else batch.output_rows
+        none = rows is not None and not rows.shape[0]
+        if none:  # kernels are not made for no tokens
+            rows = batch.output_rows.new_zeros(1)
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, post, tables[self.layer_ropes[i]], kv.layer(i), batch)
+            wanted = rows if i == len(self.layers) - 1 else None
+            x, residual = layer(x, residual, post, tables[self.layer_ropes[i]], kv.layer(i), batch, wanted)
             post = layer.mlp_post_norm
         assert residual is not None  # there is a layer
-        return self.norm.add(x, residual, post)[0]
+        hidden = self.norm.add(x, residual, post)[0]
+        return hidden[:0] if none else hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

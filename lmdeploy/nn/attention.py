@@ -80,12 +80,14 @@ class Attention:
         self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
 
     def __call__(self, x: Tensor | TokenCodes, tables: tuple[Tensor, Tensor], layer: KVLayer,
-                 batch: ForwardBatch) -> Tensor:  # fmt: skip
-        """``x [T, hidden]`` to ``[T, hidden]``; ``tables`` are the step's cosines and sines for this layer's rope."""
+                 batch: ForwardBatch, rows: Tensor | None = None) -> Tensor:  # fmt: skip
+        """``x [T, hidden]`` to ``[T, hidden]``, or to the results of the tokens ``rows`` alone; ``tables`` are the
+        step's cosines and sines for this layer's rope."""
         shape = self.shape
         qkv = self.qkv(x)
         qkv = qkv.view(qkv.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
         q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
         rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset)
         out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
-        return self.o(out.view(qkv.shape[0], -1))
+        out = out.view(qkv.shape[0], -1)
+        return self.o(out if rows is None else out[rows])

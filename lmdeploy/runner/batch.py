@@ -66,6 +66,11 @@ class ForwardBatch:
         return self.kv_lens.shape[0]
 
     @property
+    def every_row(self) -> bool:
+        """Whether ``output_rows`` are all tokens in their order: one token per row, which gives an output."""
+        return self.max_query == 1 and self.output_rows.shape[0] == self.num_tokens
+
+    @property
     def device(self) -> torch.device:
         return self.token_ids.device
 

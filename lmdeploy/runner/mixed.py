@@ -193,7 +193,7 @@ class MixedGraphs:
             if self.device.type == 'cpu':  # nothing is recorded there, and its layers ask the host
                 batch.host_query_start, batch.host_kv_lens = query_start.tolist(), kv_lens.tolist()
                 batch.block_table, batch.table_rows = batch.tables(), torch.arange(rows, dtype=torch.int32)
-            logits = self.model.logits(self.model(batch, self.kv)[outputs])
+            logits = self.model.logits(self.model(batch, self.kv))
             drawn, status = sample_slots(logits, drawing, at, tables.sampling, key.kind is Kind.GREEDY)
             keep_results(self._results, turn, drawn, status)
 

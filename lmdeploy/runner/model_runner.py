@@ -340,11 +340,10 @@ class ModelRunner:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def _step(self, plan: StepPlan, batch: ForwardBatch, outputs: inputs.Outputs) -> Launched:
-        hidden = self.model(batch, self.kv)
+        out = self.model(batch, self.kv)
         launched = Launched(plan.step, plan.rows)
         if not len(outputs.rows):
             return launched.send(self.device)
-        out = hidden[batch.output_rows]
         drawn = np.zeros(len(outputs.rows), bool)
         drawn[outputs.sampled] = True
         for row, at in self._wanted(plan, outputs, drawn, self.slots.hidden_rows[plan.slots]):

@@ -83,7 +83,7 @@ class Driver:
     def step(self, work: Sequence[tuple[Row, Sequence[int]]], padding: int = 0) -> list[Tensor]:
         """Run one step; ``[n, vocab]`` logits of every row's tokens."""
         batch = self.batch(work, padding)
-        logits = self.model.logits(self.model(batch, self.kv)[batch.output_rows])
+        logits = self.model.logits(self.model(batch, self.kv))
         return list(logits.split([len(ids) for _, ids in work]))
 
     def sequence(self, ids: Sequence[int], chunk: int = 0) -> Tensor:

@@ -90,3 +90,17 @@ def test_text_part_of_a_vision_language_checkpoint(tiny, tmp_path):
     save_file(tensors, tmp_path / 'model.safetensors')
     ids = tokens(9, 40)
     assert torch.equal(Driver(load_model(tmp_path)).sequence(ids), Driver(load_model(folder)).sequence(ids))
+
+
+def test_tokens_without_outputs_leave_their_keys_and_values(tiny):
+    folder = tiny('Qwen3ForCausalLM')
+    ids = tokens(3, 50)
+    driver = Driver(load_model(folder))
+    row = driver.row()
+    batch = driver.batch([(row, ids[:40])])
+    batch.output_rows = batch.output_rows[:0]
+    assert driver.model(batch, driver.kv).shape == (0, driver.model.config.hidden_size)
+    batch = driver.batch([(row, ids[40:])])
+    batch.output_rows = batch.output_rows[[9, 2]]
+    found = driver.model.logits(driver.model(batch, driver.kv))
+    assert_close(found, wanted_logits(load_reference(folder), ids)[[49, 42]])

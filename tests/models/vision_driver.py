@@ -109,7 +109,7 @@ class VisionDriver:
             batch.embeds = ImageEmbeds(torch.tensor(rows), torch.stack(values))
         if positions:
             batch.positions = torch.from_numpy(np.concatenate(positions, 1)).int()
-        logits = self.model.logits(self.model(batch, self.driver.kv)[batch.output_rows])
+        logits = self.model.logits(self.model(batch, self.driver.kv))
         return list(logits.split([len(ids) for _, _, ids in work]))
 
 
