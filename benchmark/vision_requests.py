@@ -126,8 +126,8 @@ def pace(core: EngineCore, texts: list[EngineInput], beside: list[EngineInput]) 
             if delta.finish is not None and delta.id == active:
                 active = ''
         if beside and not pending and not active:
-            for text in texts:
-                core.abort(text.id)
+            while names:
+                core.abort(names.pop())
     return gaps
 
 
