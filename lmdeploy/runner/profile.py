@@ -98,8 +98,9 @@ def idle_plans(plan: MemoryPlan, scratch: int) -> Iterator[StepPlan]:
         for length in (2, 17, 40, 100, 200, 400, 900, 2000, most):
             if 0 < length <= most and decodes + length <= plan.max_step_tokens:
                 yield idle_plan(scratch, decodes, (length,))
-    for decodes in (1, 3):
-        yield idle_plan(scratch, decodes, ())
+    for decodes in (1, 3, 20, 40, 100, 200, 400):  # powers of two are kernels of their own
+        if decodes < plan.max_batch_size or decodes == 1:
+            yield idle_plan(scratch, decodes, ())
     several = min(20, plan.max_batch_size)
     yield idle_plan(scratch, 0, (max(1, min(most, plan.max_step_tokens // several)),) * several)
 

@@ -195,10 +195,11 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.gpu
-def test_nothing_is_compiled_after_the_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize('runner', ['graph', 'eager'])
+def test_nothing_is_compiled_after_the_start(runner, tmp_path, monkeypatch):
     from triton import knobs
 
-    core = start(tmp_path, device='cuda', max_batch_size=40, num_blocks=400)
+    core = start(tmp_path, device='cuda', runner=runner, max_batch_size=80, num_blocks=800)
     compiled = []
     monkeypatch.setattr(knobs.runtime, 'jit_post_compile_hook', lambda *, fn, **_: compiled.append(fn.name))
     serve(core, requests(200))
