@@ -56,6 +56,10 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': '{option} cannot be {value}: {reason}.',
         'zh': '{option} 不能为 {value}：{reason}。',
     },
+    'LMD-612': {
+        'en': 'the form {form} did not run: {reason}',
+        'zh': '{form} 未能运行：{reason}',
+    },
     'LMD-611': {
         'en': '--calib-seqlen {value} is more than the {most} tokens that this model takes.',
         'zh': '--calib-seqlen {value} 超过该模型支持的 {most} 个 token。',
@@ -66,6 +70,18 @@ TEXTS: dict[str, dict[str, str]] = {
               '--dtype bfloat16 if the model is read as float16.',
         'zh': '校准输入的统计量无法使用：即使加上均值的 {damp} 倍，矩阵仍非正定，说明其中含有非有限值。'
               '请更换校准文本；若模型以 float16 读取，请改用 --dtype bfloat16。',
+    },
+    'LMD-631': {
+        'en': 'the rotation portable does not fit {architecture}: it normalises the outputs of attention and MLP before '
+              'they join the residual stream, and no rotation passes such norms. Give --rotation native or none.',
+        'zh': 'portable 旋转不适用于 {architecture}：该架构在注意力与 MLP 的输出加入残差流之前先做归一化，'
+              '旋转无法穿过这种归一化。请使用 --rotation native 或 none。',
+    },
+    'LMD-632': {
+        'en': 'the rotation native transforms inputs while the model runs, which files of the format {format} cannot '
+              'say. Give --format compressed-tensors, or --rotation portable.',
+        'zh': 'native 旋转需要在模型运行时变换输入，而 {format} 格式的文件无法表达这一点。'
+              '请使用 --format compressed-tensors，或改用 --rotation portable。',
     },
 }
 
@@ -102,20 +118,16 @@ NOTES: dict[str, dict[str, str]] = {
               'will say how much is lost.',
         'zh': '无论采用何种方法，参数量小于约 7B 的模型在 2 位下几乎不可用；报告会给出损失的程度。',
     },
+    'lite form': {
+        'en': '{name}: {size}, {memory} while answering, {pace:.1f} tokens/s, accuracy {accuracy:.1%}',
+        'zh': '{name}：{size}，回答时占用 {memory}，{pace:.1f} token/s，相对精度 {accuracy:.1%}',
+    },
+    'lite compared': {
+        'en': 'Plots are in {folder}/compare.html.',
+        'zh': '图表位于 {folder}/compare.html。',
+    },
     'lite report': {
         'en': 'The report is {folder}/quant_report.html. Try the model:',
         'zh': '报告位于 {folder}/quant_report.html。试用模型：',
-    },
-    'LMD-631': {
-        'en': 'the rotation portable does not fit {architecture}: it normalises the outputs of attention and MLP before '
-              'they join the residual stream, and no rotation passes such norms. Give --rotation native or none.',
-        'zh': 'portable 旋转不适用于 {architecture}：该架构在注意力与 MLP 的输出加入残差流之前先做归一化，'
-              '旋转无法穿过这种归一化。请使用 --rotation native 或 none。',
-    },
-    'LMD-632': {
-        'en': 'the rotation native transforms inputs while the model runs, which files of the format {format} cannot '
-              'say. Give --format compressed-tensors, or --rotation portable.',
-        'zh': 'native 旋转需要在模型运行时变换输入，而 {format} 格式的文件无法表达这一点。'
-              '请使用 --format compressed-tensors，或改用 --rotation portable。',
     },
 }
