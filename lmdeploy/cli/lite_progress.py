@@ -10,6 +10,7 @@ from lmdeploy.cli.screen import Screen
 
 if TYPE_CHECKING:
     from lmdeploy.lite.calibration import Calibration
+    from lmdeploy.lite.compare import Form, Row
     from lmdeploy.lite.driver import Event
     from lmdeploy.lite.recipe import SiteReport
     from lmdeploy.lite.report import Report
@@ -79,6 +80,23 @@ class Progress:
             self._bar.update(self._task, completed=index + 1)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+class Forms:
+    """Progress of ``lite compare``: the layer that is worked on, and a line for every form that was measured."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def step(self, event: Event) -> None:
+        if event.what == 'layer' and sys.stderr.isatty():
+            print(f'\rlayer {event.layer + 1} ', end='', file=sys.stderr, flush=True)
+
+    def row(self, form: Form, row: Row) -> None:
+        from lmdeploy.lite.markdown import mib
+
+        self.screen.note('lite form', name=form.name, size=mib(row.bytes), memory=mib(row.peak_bytes),
+                         pace=row.tokens_per_second, accuracy=row.accuracy)  # fmt: skip
 
 
 def tell_calibration(screen: Screen, calibration: Calibration, reduced: int) -> None:

@@ -37,7 +37,8 @@ def to_html(report: Report) -> str:
         parts += ['<h2>Quality on held-out text</h2>', _table(*quality_rows(report)),
                   soft('Increase of perplexity in percent, with its standard error.'), bars(increase)]  # fmt: skip
     sizes = report.sizes
-    parts += ['<h2>Size</h2>', bars([Bar('16 bits, MiB', sizes.before / 2**20), Bar('after, MiB', sizes.after / 2**20)])]
+    both = [Bar('16 bits, MiB', sizes.before / 2**20), Bar('after, MiB', sizes.after / 2**20)]
+    parts += ['<h2>Size</h2>', bars(both)]
     parts += ['<h2>Layers</h2>', _table(*layer_rows(report))]
     if report.answers:
         rows = [(a.question, a.before, a.after) for a in report.answers]
