@@ -49,6 +49,7 @@ class Pictures:
         self.tokens = 0
         self._kept: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
         self._credit = 0.0  # patches that running texts still allow
+        self._dear = 0.0  # the cost of a tile for which the last turn had no budget: turns save up for it
         self._encode: list[Encode] = []
         self._forget: list[bytes] = []
         self._read: list[bytes] = []  # by rows of the latest step, before which nothing of it may be forgotten
@@ -60,9 +61,9 @@ class Pictures:
     def begin(self, *, texts: bool) -> None:
         """A new turn. ``texts``: answers are being written, whose pace counts."""
         room = self.room
-        self._credit = min(self._credit + room.patches, max(room.patches, room.patches_alone)) if texts else 0.0
+        self._credit = min(self._credit + room.patches, max(room.patches, self._dear)) if texts else 0.0
         self._budget = self._credit if texts else room.patches_alone
-        self._texts, self._begun = texts, False
+        self._texts, self._begun, self._dear = texts, False, 0.0
         self._seen.clear()
         self.full = False
         read, self._read = self._read, []
@@ -120,9 +121,10 @@ class Pictures:
             return
         cost = max(1.0, span.layout.patches / span.layout.tiles)
         count = min(picture.tiles - picture.listed, int(self._budget // cost))
-        if not count and not self._begun and (not self._texts or self._credit >= self.room.patches_alone):
+        if not count and not self._begun and not self._texts:
             count = 1  # a single tile that is more than any budget
         if not count:
+            self._dear = max(self._dear, cost)
             return
         first = picture.listed
         picture.listed += count
