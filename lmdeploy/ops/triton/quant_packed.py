@@ -7,7 +7,7 @@ The 16 bytes that a thread loads are what it multiplies: the layout of memory is
 (:mod:`lmdeploy.ops.packed_linear`), which the compiler follows through reshapes, so that nothing is exchanged between
 threads. Two words in a register are unpacked by the same few instructions: a code is put below the exponent of a power
 of two, where it counts in units of one, and the power is taken off together with the zero point. A group's scale is
-applied to the sum of its products. Zero points and scales of the following step are loaded a step ahead.
+applied to the sum of its products, or, where there are more sums than weights, to the weights. Zero points and scales of the following step are loaded a step ahead.
 
 Bound: bytes, of which a code takes its bits, and 32 bits a group and channel.
 """
@@ -42,6 +42,7 @@ from lmdeploy.ops.triton.launch import (
     supports_pdl,
 )
 
+FOLDING = 64  # columns from which weights are scaled, and rounded, instead of sums: there are fewer of them
 MOST_ROWS = 256  # beyond, a dense weight is made for cuBLAS
 WIDE = 65536  # output channels of which none is made: that of a head takes a gigabyte
 KINDS = {torch.bfloat16: 'bf16', torch.float16: 'f16'}
@@ -71,32 +72,43 @@ class PackedConfig:
 
 
 @triton.constexpr_function
-def _instructions(j, bits, float8, zeros, kind):
-    """Two words to two numbers: code ``j`` of each, less the zero point."""
+def _instructions(j, bits, float8, zeros, kind, fold):
+    """Two words to two numbers: code ``j`` of each, less the zero point, and scaled where ``fold``."""
+    scaled = f'mul.rn.{kind}x2 $0, $0, $3;' if fold else ''
     if float8:
         up, mask, factor = _BYTES[float8, kind]
         shift = up - 8 * j
         move = f'shl.b32 a, $1, {shift};' if shift >= 0 else f'shr.u32 a, $1, {-shift};'
         sign = 'shl.b32 b, $1, 8;' if j == 0 else 'mov.b32 b, $1;'
         return (f'{{ .reg .b32 a, b; {move} {sign} and.b32 b, b, 0x80008000; lop3.b32 a, a, {mask}, b, 0xea; '
-                f'mov.b32 b, {factor}; mul.rn.{kind}x2 $0, a, b; }}')  # fmt: skip
+                f'mov.b32 b, {factor}; mul.rn.{kind}x2 $0, a, b; {scaled} }}')  # fmt: skip
     if bits == 8 and kind == 'bf16':
         less = 'sub.rn.bf16x2 $0, $0, $2;' if zeros else ''
         return (f'{{ .reg .b32 a, b; shr.u32 b, $1, {8 * j}; lop3.b32 a, b, 0x007f007f, 0x43004300, 0xea; '
-                f'lop3.b32 b, b, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, a, b; {less} }}')  # fmt: skip
+                f'lop3.b32 b, b, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, a, b; {less} {scaled} }}')  # fmt: skip
     mask = ((1 << bits) - 1) * 0x10001
     magic = 0x43004300 if kind == 'bf16' else 0x64006400
     return (f'{{ .reg .b32 a; shr.u32 a, $1, {j * bits}; lop3.b32 a, a, {mask}, {magic}, 0xea; '
-            f'sub.rn.{kind}x2 $0, a, $2; }}')  # fmt: skip
+            f'sub.rn.{kind}x2 $0, a, $2; {scaled} }}')  # fmt: skip
 
 
 @triton.jit
-def _code(words, zero, J: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
-          KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Code J of ``words [rows, WIDTH] int16`` less ``zero [rows, 1]``, exactly, in the type of inputs."""
+def _code(words, zero, scale, J: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
+          KIND: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Code J of ``words [rows, WIDTH] int16`` less ``zero``, exactly, in the type of inputs; times ``scale`` where FOLD.
+
+    ``zero`` and ``scale`` are of the type of inputs and the shape of ``words``.
+    """
     if ASM:
-        return tl.inline_asm_elementwise(_instructions(J, BITS, FLOAT8, ZEROS, KIND), '=r,r,r', [words, zero],
-                                         dtype=zero.dtype, is_pure=True, pack=2)  # fmt: skip
+        return tl.inline_asm_elementwise(_instructions(J, BITS, FLOAT8, ZEROS, KIND, FOLD), '=&r,r,r,r',
+                                         [words, zero, scale], dtype=zero.dtype, is_pure=True, pack=2)  # fmt: skip
+    exact = _exact_code(words, zero, J, BITS, FLOAT8, KIND)
+    return exact * scale if FOLD else exact
+
+
+@triton.jit
+def _exact_code(words, zero, J: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, KIND: tl.constexpr):
+    """The same in the language, for the interpreter."""
     code = (words.to(tl.int32) >> (J * BITS)) & ((1 << BITS) - 1)
     if FLOAT8 == 'float8_e4m3fn':
         return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(zero.dtype)
@@ -114,32 +126,32 @@ def beside(a, b):
 
 
 @triton.jit
-def _pair(words, zero, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
-          KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    return beside(_code(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
-                   _code(words, zero, FIRST + 1, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
+def _pair(words, zero, scale, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
+          KIND: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    return beside(_code(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM),
+                   _code(words, zero, scale, FIRST + 1, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM))  # fmt: skip
 
 
 @triton.jit
-def _four(words, zero, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
-          KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    return beside(_pair(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
-                   _pair(words, zero, FIRST + 2, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
+def _four(words, zero, scale, FIRST: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
+          KIND: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    return beside(_pair(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM),
+                   _pair(words, zero, scale, FIRST + 2, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM))  # fmt: skip
 
 
 @triton.jit
-def _operand(words, zero, FIRST: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
-             ZEROS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+def _operand(words, zero, scale, FIRST: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
+             ZEROS: tl.constexpr, KIND: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """Codes FIRST to FIRST + RUN - 1 of all words, side by side: ``[rows, RUN * WIDTH]``."""
     if RUN == 1:
-        return _code(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM)
+        return _code(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM)
     elif RUN == 2:
-        return _pair(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM)
+        return _pair(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM)
     elif RUN == 4:
-        return _four(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM)
+        return _four(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM)
     else:
-        return beside(_four(words, zero, FIRST, BITS, FLOAT8, ZEROS, KIND, ASM),
-                       _four(words, zero, FIRST + 4, BITS, FLOAT8, ZEROS, KIND, ASM))  # fmt: skip
+        return beside(_four(words, zero, scale, FIRST, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM),
+                       _four(words, zero, scale, FIRST + 4, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM))  # fmt: skip
 
 
 @triton.jit
@@ -156,7 +168,7 @@ def _packed_kernel(
     BM: tl.constexpr, BN: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
     GROUP: tl.constexpr, RUN: tl.constexpr, ZEROS: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr,
     SPLIT: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    FOLD: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = 32  # words of a row
     BK: tl.constexpr = W * CODES
@@ -210,15 +222,17 @@ def _packed_kernel(
                 following = tl.load(m_at + tl.minimum((k + (dot + 1) * RUN * W) // GROUP, groups - 1) * N)
             zero = (now & 0xFFFF).to(tl.int16).to(x.dtype.element_ty, bitcast=True)[:, None]
             zero = tl.broadcast_to(zero, (BN, W))
-            a = _operand(w, zero, dot * RUN, RUN, BITS, FLOAT8, ZEROS, KIND, ASM)
-            if GROUP == 0:
+            scale = tl.broadcast_to(scale_of(now, HALF).to(x.dtype.element_ty)[:, None], (BN, W))
+            a = _operand(w, zero, scale, dot * RUN, RUN, BITS, FLOAT8, ZEROS, KIND, FOLD, ASM)
+            if GROUP == 0 or FOLD:
                 acc = tl.dot(a, b, acc)
             else:
                 acc += tl.dot(a, b) * scale_of(now, HALF)[:, None]
+            if GROUP > 0:
                 now = following
         w_at += 64 * W
         x_at += BK
-    if GROUP == 0:
+    if GROUP == 0 and not FOLD:
         acc *= scale_of(now, HALF)[:, None]
     if SPLIT > 1:
         parts += above * tiles * SPLIT * (BN * BM)
@@ -250,8 +264,8 @@ def packed_gemm(x: Tensor, packed: PackedWeight, config: PackedConfig, activatio
         HALF=packed.scale_dtype is torch.float16, SPLIT=config.split, GATE=activation if packed.gated else '',
         HAS_BIAS=packed.bias is not None, EVEN_K=k % (WIDTH * per_word) == 0,
         AHEAD=min(config.ahead, 4096 * packed.words.shape[1]) if pdl else 0,
-        PDL=pdl, STAGES=config.stages, ASM=x.device.type != 'cpu', num_warps=config.block_n // 16,
-        num_stages=config.stages, launch_pdl=pdl,
+        FOLD=packed.group > 0 and config.columns >= FOLDING, PDL=pdl, STAGES=config.stages,
+        ASM=x.device.type != 'cpu', num_warps=config.block_n // 16, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     return y
 
@@ -283,7 +297,8 @@ def _unpack_kernel(
         group = 0 if GROUP == 0 else tl.minimum((block * BK + dot * RUN * W) // GROUP, groups - 1)
         now = tl.load(meta + group * N + safe)
         zero = (now & 0xFFFF).to(tl.int16).to(out.dtype.element_ty, bitcast=True)[:, None]
-        a = _operand(w, tl.broadcast_to(zero, (64, W)), dot * RUN, RUN, BITS, FLOAT8, ZEROS, KIND, ASM)
+        zero = tl.broadcast_to(zero, (64, W))
+        a = _operand(w, zero, zero, dot * RUN, RUN, BITS, FLOAT8, ZEROS, KIND, False, ASM)
         a = (a.to(tl.float32) * scale_of(now, HALF)[:, None]).to(out.dtype.element_ty)
         at = out + rows[:, None].to(tl.int64) * K + ks[None, :]
         tl.store(at, a, mask=(rows < N)[:, None] & (ks < K)[None, :])

@@ -105,9 +105,19 @@ def in_registers(binary) -> bool:
 def test_packed_codes(bits, codes, run, tmp_path):
     binary = compiled(
         packed._packed_kernel, PACKED | {'x': '*bf16'},
-        TILE | dict(BM=16, CODES=codes, BITS=bits, FLOAT8='', RUN=run, ZEROS=True, KIND='bf16', AHEAD=4096, STAGES=4),
+        TILE | dict(BM=16, CODES=codes, BITS=bits, FLOAT8='', RUN=run, ZEROS=True, KIND='bf16', AHEAD=4096, FOLD=False, STAGES=4),
         num_warps=8, num_stages=4)  # fmt: skip
     assert in_registers(binary) and fits(binary, 2, tmp_path / 'packed.ptx')
+
+
+def test_packed_codes_for_many_rows(tmp_path):
+    """Weights are scaled, so that nothing waits for a product but the next ones."""
+    binary = compiled(
+        packed._packed_kernel, PACKED | {'x': '*bf16'},
+        TILE | dict(BM=256, CODES=4, BITS=4, FLOAT8='', RUN=4, ZEROS=True, KIND='bf16', AHEAD=0, FOLD=True, STAGES=3),
+        num_warps=8, num_stages=3)  # fmt: skip
+    assert in_registers(binary) and fits(binary, 1, tmp_path / 'many.ptx')
+    assert 'pendings = 7' in binary.asm['ttgir']
 
 
 def test_packed_codes_with_inputs_of_8_bits(tmp_path):
