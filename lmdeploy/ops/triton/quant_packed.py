@@ -7,7 +7,8 @@ The 16 bytes that a thread loads are what it multiplies: the layout of memory is
 (:mod:`lmdeploy.ops.packed_linear`), which the compiler follows through reshapes, so that nothing is exchanged between
 threads. Two words in a register are unpacked by the same few instructions: a code is put below the exponent of a power
 of two, where it counts in units of one, and the power is taken off together with the zero point. A group's scale is
-applied to the sum of its products, or, where there are more sums than weights, to the weights. Zero points and scales of the following step are loaded a step ahead.
+applied to the sum of its products; or, where a program has more sums than weights, to the weights, so that no product
+waits for the one before. Zero points and scales of the following step are loaded a step ahead.
 
 Bound: bytes, of which a code takes its bits, and 32 bits a group and channel.
 """
@@ -95,7 +96,7 @@ def _instructions(j, bits, float8, zeros, kind, fold):
 @triton.jit
 def _code(words, zero, scale, J: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
           KIND: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Code J of ``words [rows, WIDTH] int16`` less ``zero``, exactly, in the type of inputs; times ``scale`` where FOLD.
+    """Code J of ``words [rows, WIDTH] int16`` less ``zero``, exactly, in the type of inputs; times ``scale`` if FOLD.
 
     ``zero`` and ``scale`` are of the type of inputs and the shape of ``words``.
     """

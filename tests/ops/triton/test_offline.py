@@ -105,7 +105,8 @@ def in_registers(binary) -> bool:
 def test_packed_codes(bits, codes, run, tmp_path):
     binary = compiled(
         packed._packed_kernel, PACKED | {'x': '*bf16'},
-        TILE | dict(BM=16, CODES=codes, BITS=bits, FLOAT8='', RUN=run, ZEROS=True, KIND='bf16', AHEAD=4096, FOLD=False, STAGES=4),
+        TILE | dict(BM=16, CODES=codes, BITS=bits, FLOAT8='', RUN=run, ZEROS=True, KIND='bf16', AHEAD=4096, FOLD=False,
+                    STAGES=4),
         num_warps=8, num_stages=4)  # fmt: skip
     assert in_registers(binary) and fits(binary, 2, tmp_path / 'packed.ptx')
 
