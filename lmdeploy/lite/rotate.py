@@ -10,6 +10,8 @@ Source: Ashkboos et al., QuaRot (arXiv 2404.00456), where the matrices are rando
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ R2_SEED = SEED + 1
 WIDEST = 4096  # of a Hadamard factor that is kept as a matrix
 
 
+@lru_cache(maxsize=4)
 def orthogonal(size: int, seed: int) -> Tensor:
     """``[size, size] float32``: random signs, then the product of a Hadamard matrix with a random rotation.
 

@@ -91,14 +91,9 @@ class GPTQ(Recipe):
             rotate_values(layer, orthogonal(layer.head_dim, R2_SEED))
 
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
-        assert statistics.hessian is not None
         storage = self.storage(site.layer, site.name)
         grid = Grid.of(storage, scale_type(storage))
-        weight, hessian, cross = site.weight, statistics.hessian, statistics.cross
-        if storage.transform:
-            weight = transform(weight, storage.transform)
-            hessian = both_sides(hessian, storage.transform)
-            cross = None if cross is None else both_sides(cross, storage.transform)
+        weight, hessian, cross = turned(site, statistics, storage.transform)
         aim = weight if cross is None else corrected(weight, hessian, cross, self.damp)
         made = gptq.quantise(aim.t().contiguous(), hessian, grid, gptq.EFFORTS[self.effort], self.damp)
         energy = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
@@ -117,6 +112,16 @@ class GPTQ(Recipe):
 def block_name(width: int) -> str:
     """The transform of inputs of that width: blocks as large as divide it; ``''`` where that is less than 16."""
     return next((hadamard_name(block) for block in BLOCKS if width % block == 0), '')
+
+
+def turned(site: Site, statistics: SiteStatistics, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, hessian and cross moments of a site behind the transform ``name``; the statistics are used up."""
+    weight, hessian, cross = site.weight, statistics.hessian, statistics.cross
+    statistics.hessian = statistics.cross = None  # the largest matrices there are
+    assert hessian is not None
+    if not name:
+        return weight, hessian, cross
+    return transform(weight, name), both_sides(hessian, name), None if cross is None else both_sides(cross, name)
 
 
 def scale_type(storage: Storage) -> torch.dtype:

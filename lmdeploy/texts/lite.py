@@ -83,6 +83,12 @@ TEXTS: dict[str, dict[str, str]] = {
         'zh': 'native 旋转需要在模型运行时变换输入，而 {format} 格式的文件无法表达这一点。'
               '请使用 --format compressed-tensors，或改用 --rotation portable。',
     },
+    'LMD-633': {
+        'en': 'no mixture of {choices} bits makes the model as small as {wanted}: the smallest has {least}, the largest '
+              '{most}. Give --bits or --budget in between.',
+        'zh': '{choices} 比特的任何组合都无法使模型缩小到 {wanted}：最小为 {least}，最大为 {most}。'
+              '请给出介于两者之间的 --bits 或 --budget。',
+    },
 }
 
 NOTES: dict[str, dict[str, str]] = {
