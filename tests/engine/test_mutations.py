@@ -100,6 +100,17 @@ MUTATIONS = [
              "finish = Finish('stop', stop_id=token)\n                break", "finish = Finish('stop', stop_id=token)"),
     Mutation('the grammar does not see tokens', 'scheduler', 'request.grammar.accept(token)', 'pass'),
     Mutation('the budget is exceeded', 'scheduler', 'spare -= todo\n', 'spare -= 1\n'),
+    # pictures
+    Mutation('rows do not wait for tiles', 'pictures',
+             'if not picture.whole:\n                stop', 'if False:\n                stop'),
+    Mutation('a picture is forgotten before the rows that read it', 'pictures',
+             'self._read.append(images[request.image_at].digest)', 'self._release(images[request.image_at].digest)'),
+    Mutation('part of a picture is kept', 'pictures', 'if not picture.whole or picture.lost:', 'if picture.lost:'),
+    Mutation('more pictures than there is room for', 'pictures', 'while tokens > self.room.tokens - self.tokens:',
+             'while False:'),
+    Mutation('keys do not know pictures', 'request', "if self.images else b''", "if False else b''"),
+    Mutation('requests wait for each other for ever', 'scheduler', 'if self._unblock():', 'if False:'),
+    Mutation('the last token of a prompt is never a picture', 'scheduler', 'and start >= request.images_end', ''),
 ]
 
 
