@@ -14,6 +14,7 @@ METHODS = {
     'w4a8': Command('lmdeploy.cli.lite_packed', 'weights in 4 bits, inputs in 8'),
     'w3': Command('lmdeploy.cli.lite_packed', 'weights in 3 bits'),
     'w2': Command('lmdeploy.cli.lite_packed', 'weights in 2 bits, for large models'),
+    'auto': Command('lmdeploy.cli.lite_auto', 'a mixture of 2, 3, 4 and 8 bits under a limit of size'),
     'compare': Command('lmdeploy.cli.lite_compare', 'one model in every form, measured on this machine'),
     'calibrate': Command('lmdeploy.cli.lite_calibrate', 'only look: statistics of all inputs of linear layers'),
 }

@@ -1,9 +1,9 @@
 """Mixed precision: which site gets how many bits, so that the model fits a size and loses the least.
 
 Every site is rounded by GPTQ to every offered width, once, on its own; what is lost, ``tr(D H D^T)`` relative to the
-energy of its outputs, is its sensitivity. Choosing one width per site under a limit of bytes is a knapsack; on the
-lower convex hull of each site's (bytes, loss) the steps with the steepest fall per byte are taken first, which is the optimum
-but for the last step.
+energy of its outputs, is its sensitivity. Choosing one width per site under a limit of bytes is a knapsack. On the
+lower convex hull of each site's bytes and losses the steps with the steepest fall per byte are taken first, which is
+the optimum but for the last step.
 """
 
 from __future__ import annotations

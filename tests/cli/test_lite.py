@@ -22,6 +22,7 @@ METHODS = {
     'w4a8': ('compressed-tensors', ['--w-group-size', '32', '--rotation', 'portable']),
     'w3': ('compressed-tensors', ['--w-group-size', '32', '--effort', 'fast']),
     'w2': ('compressed-tensors', ['--w-group-size', '32']),
+    'auto': ('compressed-tensors', ['--w-group-size', '32', '--bits', '4.5']),
 }
 
 
@@ -127,3 +128,21 @@ def test_the_first_line_comes_at_once(model, tmp_path):
     process.kill()
     process.wait()
     assert loaded and not any(line.rstrip().endswith('| torch') for line in loaded)
+
+
+@pytest.mark.parametrize(('text', 'size'), [('4.2GB', 4_200_000_000), ('900 MiB', 900 << 20), ('12', 12),
+                                            ('1.5k', None), ('-1GB', None), ('much', None)])  # fmt: skip
+def test_sizes(text, size):
+    from lmdeploy.cli.lite_auto import size_of
+    from lmdeploy.errors import ConfigError
+
+    if size is not None:
+        assert size_of(text) == size
+        return
+    with pytest.raises(ConfigError, match='such as 4.2GB'):
+        size_of(text)
+
+
+def test_a_budget_that_cannot_be_kept(lite, model, tmp_path):
+    code, _, err = lite('auto', model, '--work-dir', 'out', '--budget', '1KB', *QUICK)
+    assert code != 0 and 'LMD-633' in err and not (tmp_path / 'out').exists()
