@@ -24,6 +24,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 BICUBIC = 3  # Pillow's number
+MAX_PIXELS = 1 << 26  # of a picture in its own shape
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh', 'quick_gelu': 'quick_gelu',
                'silu': 'silu', 'relu': 'relu'}  # fmt: skip
 _BASE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12}
@@ -108,7 +109,7 @@ def _llava_picture(architecture: str, top: Fields, image: int, clip: bool, pictu
     size, crop = pictures.raw('size'), pictures.raw('crop_size')
     edge = _edge(pictures, 'size', size, image)
     cropped = _edge(pictures, 'crop_size', crop, image) if pictures.flag('do_center_crop', clip) else image
-    if cropped != image or edge < image:
+    if cropped != image or not image <= edge <= 4 * image:
         raise ConfigError('LMD-114', reason=f'pictures are cropped to {cropped} pixels, but the tower takes {image}')
     _among(pictures, 'do_pad', pictures.flag('do_pad', architecture == LLAVA_NEXT), (architecture == LLAVA_NEXT,))
     if architecture == LLAVA:
@@ -116,10 +117,10 @@ def _llava_picture(architecture: str, top: Fields, image: int, clip: bool, pictu
         return PictureConfig(tiling, mean, std, resample, resize=edge)
     source = pictures if pictures.has('image_grid_pinpoints') else top
     given = source.raw('image_grid_pinpoints') or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    wanted = f'a list of (height, width), in multiples of {image}'
+    wanted = f'a list of (height, width), in multiples of {image}, of at most {MAX_TILES} tiles'
     if not isinstance(given, list) or len(given) > 1024 or not all(
-            isinstance(p, (list, tuple)) and len(p) == 2 and all(type(n) is int and 0 < n <= MAX_TILES * image and
-                                                                 n % image == 0 for n in p) for p in given):
+            isinstance(p, (list, tuple)) and len(p) == 2 and all(type(n) is int and n > 0 and n % image == 0 for n in p)
+            and p[0] * p[1] <= MAX_TILES * image**2 for p in given):
         raise source.bad('image_grid_pinpoints', wanted)
     return PictureConfig('anyres', mean, std, resample, resize=edge, pinpoints=tuple((p[0], p[1]) for p in given))
 
@@ -159,8 +160,9 @@ def qwen(architecture: str, top: Fields, vision: Fields, pictures: Fields) -> Vi
         merge=merge, window=window, full_layers=full,
     )  # fmt: skip
     size = pictures.object('size') or Fields({})
-    least = pictures.whole('min_pixels', 1, 1 << 32, size.whole('shortest_edge', 1, 1 << 32, 56 * 56))
-    most = pictures.whole('max_pixels', least, 1 << 32, size.whole('longest_edge', least, 1 << 32, 28 * 28 * 1280))
+    least = pictures.whole('min_pixels', 1, MAX_PIXELS, size.whole('shortest_edge', 1, MAX_PIXELS, 56 * 56))
+    usual = size.whole('longest_edge', least, MAX_PIXELS, max(least, 28 * 28 * 1280))
+    most = pictures.whole('max_pixels', least, MAX_PIXELS, usual)
     mean, std = _moments(pictures, CLIP)
     picture = PictureConfig('native', mean, std, pictures.whole('resample', 0, 5, BICUBIC), min_pixels=least,
                             max_pixels=most)

@@ -131,6 +131,8 @@ FRAGMENTS: dict[str, str] = {
     # models that read pictures
     'three numbers whose sum is {sum}': '和为 {sum} 的三个数',
     'one over a whole number': '整数分之一',
+    'a list of (height, width), in multiples of {side}, of at most {most} tiles':
+        '由 (高, 宽) 组成的列表，均为 {side} 的倍数，每项至多 {most} 块',
     'a length in pixels': '以像素为单位的长度',
     'a length in pixels, or two that are equal': '以像素为单位的长度，或两个相等的长度',
     'a list of numbers of layers': '由层编号组成的列表',

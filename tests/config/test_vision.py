@@ -151,6 +151,9 @@ def test_folders(tmp_path):
     (changed(QWEN, vision_config__window_size=100), {}, 'LMD-113', 'window_size'),
     (QWEN, {'patch_size': 16}, 'LMD-114', 'patch_size'),
     (QWEN, {'min_pixels': 100, 'max_pixels': 10}, 'LMD-113', 'max_pixels'),
+    (QWEN, {'max_pixels': 1 << 30}, 'LMD-113', 'max_pixels'),
+    (changed(NEXT, image_grid_pinpoints=[[336 * 9, 336 * 8]]), {}, 'LMD-113', 'image_grid_pinpoints'),
+    (LLAVA, {'size': {'shortest_edge': 5000}}, 'LMD-114', '336'),
     (changed(INTERN, llm_config='x'), {}, 'LMD-113', 'llm_config'),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused_by_name(config, preprocessor, code, names):
