@@ -163,15 +163,17 @@ def packed_linear(x: Tensor, packed: PackedWeight, activation: str, exact: bool)
 @op
 def packed_codes_linear(codes: Tensor, scales: Tensor, packed: PackedWeight, activation: str,
                         dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """As :func:`packed_linear`, for inputs of 8 bits and integers of 4 bits: groups are summed in integers.
+    """As :func:`packed_linear`, for inputs of 8 bits: what shares a scale is summed in integers, or of float8 as such.
 
     Args:
-        codes: ``[T, in] int8``, in the order of ``quantize_tokens(..., turned=True)``. scales: ``[T, 1] float32``.
-        packed: integers of 4 bits in groups of a multiple of 128; ``in`` is a multiple of 16.
+        codes: ``[T, in]`` int8 or float8, in the order of ``quantize_tokens(..., turned=True)``.
+        scales: ``[T, 1] float32``.
+        packed: integers of 4 bits in groups of a multiple of 128, or codes of 8 bits of the inputs' type with one scale
+            a channel; ``in`` is a multiple of 16.
         dtype: of the result.
     """
     order = torch.tensor(TURN, device=codes.device).argsort()
-    x = codes.unflatten(-1, (-1, 16))[..., order].flatten(-2).float() * scales
+    x = codes.view(torch.uint8).unflatten(-1, (-1, 16))[..., order].flatten(-2).view(codes.dtype).float() * scales
     return _finish(x @ unpack(packed, torch.float32).t(), packed, activation).to(dtype)
 
 

@@ -60,15 +60,37 @@ def _codes(words, zero, ASM: tl.constexpr):
     return beside(beside(a, b), beside(c, d))
 
 
+@triton.constexpr_function
+def _parted(signed):
+    """Two registers of two words each to two of four codes of 8 bits; ``signed``: they are two's complement already."""
+    flip = '' if signed else 'xor.b32 $0, $0, 0x80808080; xor.b32 $1, $1, 0x80808080;'
+    return f'{{ prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531; {flip} }}'
+
+
+@triton.jit
+def _bytes(words, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """The two codes of every word as int8, side by side: ``[rows, 2 * WIDTH]``."""
+    if ASM:
+        a, b = tl.inline_asm_elementwise(_parted(SIGNED), '=&r,=&r,r,r', [words], dtype=(tl.int8, tl.int8),
+                                         is_pure=True, pack=4)  # fmt: skip
+    else:
+        w = words.to(tl.int32) if SIGNED else words.to(tl.int32) ^ 0x8080
+        a = (w & 255).to(tl.int8)
+        b = (w >> 8 & 255).to(tl.int8)
+    return beside(a, b)
+
+
 @triton.jit(do_not_specialize=['M'])
 def _codes_kernel(
     x, x_scales, words, meta, bias, y, parts, arrived, M, N, K, x_stride, y_stride,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = 32
-    BK: tl.constexpr = 128
+    BK: tl.constexpr = 512 // BITS
+    INTEGERS: tl.constexpr = x.dtype.element_ty == tl.int8
     tiles = tl.cdiv(N, BN)
     tile = tl.program_id(0) // SPLIT % tiles
     part = tl.program_id(0) % SPLIT
@@ -92,27 +114,37 @@ def _codes_kernel(
     left = M - above * BM
     there = (tokens < left)[None, :]
     x_at = x + tokens[None, :] * x_stride + (first * BK + tl.arange(0, BK))[:, None]
-    groups = tl.cdiv(K, GROUP)
+    groups = 1 if GROUP == 0 else tl.cdiv(K, GROUP)
     acc = tl.zeros((BN, BM), tl.float32)
+    sums = tl.zeros((BN, BM), tl.int32 if INTEGERS else tl.float32)
     magic = tl.full((BN, BM), 0x4B400000, tl.int32)  # the bits of 1.5 * 2^23, to which small integers are added
-    now = tl.load(m_at + tl.minimum(first * BK // GROUP, groups - 1) * N)
+    now = tl.load(m_at + (0 if GROUP == 0 else tl.minimum(first * BK // GROUP, groups - 1) * N))
     for step in tl.range(0, steps, num_stages=STAGES):
         k = (first + step) * BK
         w = tl.load(w_at, eviction_policy='evict_first')
         w = tl.reshape(tl.permute(tl.reshape(w, (2, BN // 64, 4, 8, 4, 4, 2)), (1, 2, 0, 3, 5, 4, 6)), (BN, W))
         if EVEN_K:
-            b = tl.load(x_at, mask=there, other=0)
+            b = tl.load(x_at, mask=there, other=0.0)
         else:
-            b = tl.load(x_at, mask=there & (tl.arange(0, BK) < K - k)[:, None], other=0)
-        following = tl.load(m_at + tl.minimum((k + BK) // GROUP, groups - 1) * N)
-        zero = tl.broadcast_to((now & 0x7F).to(tl.int8)[:, None], (BN, W))
-        a = _codes(w, zero, ASM)
-        a = tl.reshape(tl.permute(tl.reshape(a, (BN, 8, 2, 2, 2, 2)), (0, 1, 3, 4, 2, 5)), (BN, BK))
-        sums = tl.dot(a, b, magic, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
-        acc += sums * scale_of(now, HALF)[:, None]
-        now = following
+            b = tl.load(x_at, mask=there & (tl.arange(0, BK) < K - k)[:, None], other=0.0)
+        if BITS == 8:
+            a = _bytes(w, SIGNED, ASM)
+        else:
+            a = _codes(w, tl.broadcast_to((now & 0x7F).to(tl.int8)[:, None], (BN, W)), ASM)
+        a = tl.reshape(tl.permute(tl.reshape(a, (BN, BK // 16, 2, 2, 2, 2)), (0, 1, 3, 4, 2, 5)), (BN, BK))
+        if not INTEGERS:
+            a = a.to(x.dtype.element_ty, bitcast=True)
+        if GROUP == 0:
+            sums = tl.dot(a, b, sums, out_dtype=sums.dtype)
+        else:
+            following = tl.load(m_at + tl.minimum((k + BK) // GROUP, groups - 1) * N)
+            product = tl.dot(a, b, magic, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
+            acc += product * scale_of(now, HALF)[:, None]
+            now = following
         w_at += 64 * W
         x_at += BK
+    if GROUP == 0:
+        acc = sums.to(tl.float32) * scale_of(now, HALF)[:, None]
     acc *= tl.load(x_scales + above * BM + tokens, mask=tokens < left, other=0.0)[None, :]
     if SPLIT > 1:
         parts += above * tiles * SPLIT * (BN * BM)
@@ -137,9 +169,11 @@ def packed_codes_gemm(codes: Tensor, scales: Tensor, packed: PackedWeight, confi
     _codes_kernel[(tiles * above * config.split,)](
         codes, scales, packed.words, packed.meta, packed.bias, out, parts, arrived, m, n, k,
         codes.stride(0), out.stride(0),
-        BM=config.columns, BN=config.block_n, GROUP=packed.group, HALF=packed.scale_dtype is torch.float16,
+        BM=config.columns, BN=config.block_n, BITS=packed.bits,
+        SIGNED=bool(packed.float8) or packed.dtype is torch.bfloat16, GROUP=packed.group,
+        HALF=packed.scale_dtype is torch.float16,
         SPLIT=config.split, GATE=activation if packed.gated else '', HAS_BIAS=packed.bias is not None,
-        EVEN_K=k % 128 == 0, PDL=pdl, STAGES=config.stages, ASM=codes.device.type != 'cpu',
+        EVEN_K=k % (512 // packed.bits) == 0, PDL=pdl, STAGES=config.stages, ASM=codes.device.type != 'cpu',
         num_warps=config.block_n // 16, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
