@@ -121,8 +121,10 @@ def test_packed_codes_for_many_rows(tmp_path):
     assert 'pendings = 7' in binary.asm['ttgir']
 
 
-def test_packed_codes_with_inputs_of_8_bits(tmp_path):
+@pytest.mark.parametrize(('bits', 'group', 'columns'), [(4, 128, 128), (8, 0, 256)])
+def test_packed_codes_with_inputs_of_8_bits(bits, group, columns, tmp_path):
     binary = compiled(packed_codes._codes_kernel, PACKED | {'x': '*i8', 'x_scales': '*fp32'},
-                      TILE | dict(BM=128, SPLIT=1, STAGES=3), num_warps=8, num_stages=3)  # fmt: skip
+                      TILE | dict(BM=columns, BITS=bits, SIGNED=True, GROUP=group, SPLIT=1, STAGES=3), num_warps=8,
+                      num_stages=3)  # fmt: skip
     assert in_registers(binary) and fits(binary, 1, tmp_path / 'codes.ptx')
     assert 's32.s8.s8' in binary.asm['ptx']
