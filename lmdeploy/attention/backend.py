@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import KVCache, KVLayer
 from lmdeploy.ops import plugins
-from lmdeploy.ops.kv_codes import KeyOffset
+from lmdeploy.ops.kv_codes import KeyBasis, KeyOffset
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
 from lmdeploy.runner.batch import ForwardBatch
@@ -40,6 +40,7 @@ class Rotation:
         cos, sin: ``[T, 1, R] float32``, see :func:`lmdeploy.ops.rope.rope`.
         q_weight, k_weight: ``[D]`` of the norms over each head before it, with ``eps``; None: there are none.
         offset: what is taken off the keys before they become codes, if anything.
+        basis: the axes of keys in codes of 4 bits; None: those of the Hadamard matrix.
     """
 
     cos: Tensor
@@ -48,6 +49,7 @@ class Rotation:
     k_weight: Tensor | None = None
     eps: float = 1e-6
     offset: KeyOffset | None = None
+    basis: KeyBasis | None = None
 
     def split(self, qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[T, heads, D]`` and keys ``[T, kv_heads, D]``, float32, and values, of qkv's dtype.

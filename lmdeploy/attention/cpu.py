@@ -48,5 +48,6 @@ class CPUSpans:
         if layer.k_scales is None:
             write_rows(k, v, layer.k, layer.v, plan.rows)
         else:
-            write_code_rows(k, v, layer, plan.rows)
-        return attend(q, layer, plan.chunks[window], scale, v.dtype, rotation.offset)
+            write_code_rows(k, v, layer, plan.rows, rotation.basis)
+        return attend(q, layer, plan.chunks[window], scale, v.dtype, rotation.offset,
+                      rotation.basis)  # fmt: skip

@@ -40,10 +40,10 @@ class Reference:
 
     def _run_codes(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch,
                    scale: float, window: int) -> Tensor:  # fmt: skip
-        store_codes(k, v, layer, batch.kv_slots)
+        store_codes(k, v, layer, batch.kv_slots, rotation.basis)
         if batch.static and not batch.host_kv_lens:
-            keys, values = read_codes(layer, batch.tables(), rotation.offset, q.shape[-1])
+            keys, values = read_codes(layer, batch.tables(), rotation.offset, q.shape[-1], rotation.basis)
             return attend_last_of(q, keys, values, batch.kv_lens, scale, window).to(v.dtype)
         out = code_attention(q, layer, rotation.offset, batch.tables(), batch.host_query_start, batch.host_kv_lens,
-                             scale, window)  # fmt: skip
+                             scale, window, rotation.basis)  # fmt: skip
         return out.to(v.dtype)

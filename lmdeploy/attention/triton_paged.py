@@ -66,7 +66,7 @@ class TritonPaged:
         decodes, prompts, workspace = {}, None, None
         if decoding:
             processors = multiprocessors(batch.device)
-            config = decode.config_of(dim, size, decoding * case.kv_heads)
+            config = decode.config_of(dim, size, decoding * case.kv_heads, case.bits)
             workspace = self._workspaces.get((batch.device, group, dim))
             if workspace is None:
                 workspace = decode.make_workspace(decode.MOST_PER_SM * processors, group, dim, batch.device)
@@ -91,7 +91,7 @@ class TritonPaged:
         else:
             values = None if rotation.offset is None else rotation.offset.values
             q, plain = rope_write_codes(qkv, rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight,
-                                        rotation.eps, values, layer, batch.kv_slots)  # fmt: skip
+                                        rotation.eps, values, rotation.basis, layer, batch.kv_slots)  # fmt: skip
         out = torch.empty_like(q)
         plan: Division = batch.plan
         if plan.workspace is not None:

@@ -28,6 +28,9 @@ from lmdeploy.quant.rows import take_outputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
 
+NOISE = 512  # made-up tokens by which the axes of keys are chosen
+LARGEST_BASIS = 128  # channels of a head; what a GPU multiplies in one piece
+
 
 class DecoderLayer:
     """Attention and MLP, each between a norm and the residual stream.
@@ -128,7 +131,7 @@ class Decoder:
         self.embedding.load(body.child(names.embedding))
         for i, layer in enumerate(self.layers):
             layer.load(body.child(f'{names.layers}.{i}'), names)
-        self._take_off_biases()
+        self._prepare_codes()
         self.norm.load(body.child(names.final_norm))
         if self.config.tie_word_embeddings:
             self.head.tie(self.embedding)
@@ -184,17 +187,25 @@ class Decoder:
         kernel = self.layers[0].mlp.down.kernel
         return {'attention': self.attention.name, 'linear': kernel.name if kernel is not None else ''}
 
-    def _take_off_biases(self) -> None:
-        """Keep what all keys of a layer have in common out of a cache of codes.
+    def _prepare_codes(self) -> None:
+        """Where the cache holds codes: what keys have in common stays out of them, and codes of 4 bits get their axes.
 
-        Not where positions may have several rows: a score is corrected by the key's place in the cache alone.
+        Not where positions may have several rows: a score is corrected by the key's place in the cache alone. Axes are
+        found from noise in place of a residual stream, and so the same ones at every start.
         """
-        if not self.build.kv_bits:
+        config, build = self.config, self.build
+        if not build.kv_bits:
             return
         turns = [Turns(rope.frequencies, rope.factor) for rope in self.ropes]
+        noise = torch.randn(NOISE, config.hidden_size, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(build.device, build.dtype)
         for layer, rope in zip(self.layers, self.layer_ropes):
-            if not self.ropes[rope].sections:
-                layer.attention.take_off_bias(turns[rope])
+            if self.ropes[rope].sections:
+                continue
+            layer.attention.take_off_bias(turns[rope])
+            if build.kv_bits == 4 and config.head_dim <= LARGEST_BASIS:
+                x, _ = layer.attention_norm.for_layer(layer.attention.qkv.takes, noise)
+                layer.attention.find_basis(x, turns[rope])
 
     def _attention(self, window: int) -> Attention:
         spec, config = self.spec, self.config

@@ -12,11 +12,13 @@ from lmdeploy.kv.cache import KVLayer
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear
 from lmdeploy.nn.norm import RMSNorm
-from lmdeploy.ops.kv_codes import KeyOffset, Turns
+from lmdeploy.ops.kv_codes import KeyBasis, KeyOffset, Turns
 from lmdeploy.ops.quantize import TokenCodes
 from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
+
+SAMPLED = 4096  # positions that a choice of axes is for
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Attention:
         own = heads[build.group.rank]
         self.whole, self.shape = shape, replace(shape, heads=len(own.queries), kv_heads=len(own.keys))
         self.offset: KeyOffset | None = None  # what the keys have in common, which the cache need not hold
+        self.basis: KeyBasis | None = None  # their axes in codes of 4 bits
         self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if shape.qk_norm:
             q_norm, k_norm = (RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one) for _ in range(2))
@@ -79,6 +82,19 @@ class Attention:
         values = bias[begin : begin + shape.kv_heads * shape.head_dim].float().view(shape.kv_heads, shape.head_dim)
         self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
 
+    def find_basis(self, x: Tensor | TokenCodes, turns: Turns) -> None:
+        """Choose the axes of the keys by what the layer makes of ``x [n, hidden]``, inputs that stand for all others.
+
+        The queries' own bias, whose direction most errors would add up along, is known without a sample of text.
+        """
+        shape = self.shape
+        qkv = self.qkv(x).view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        positions = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device) * 37 % SAMPLED
+        q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
+        rotation = Rotation(*turns.tables(positions), q_weight, k_weight, shape.eps, self.offset)
+        q, k, _ = rotation.split(qkv, shape.kv_heads)
+        self.basis = KeyBasis.of(q, k)
+
     def __call__(self, x: Tensor | TokenCodes, tables: tuple[Tensor, Tensor], layer: KVLayer,
                  batch: ForwardBatch, rows: Tensor | None = None) -> Tensor:  # fmt: skip
         """``x [T, hidden]`` to ``[T, hidden]``, or to the results of the tokens ``rows`` alone; ``tables`` are the
@@ -87,7 +103,7 @@ class Attention:
         qkv = self.qkv(x)
         qkv = qkv.view(qkv.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
         q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
-        rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset)
+        rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset, self.basis)
         out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
         out = out.view(qkv.shape[0], -1)
         return self.o(out if rows is None else out[rows])

@@ -8,8 +8,9 @@ Keys are prepared first, which costs no accuracy, for it is undone exactly in th
 * An **offset** b of the projection, its bias, dwarfs what the tokens differ in (absolute values above 100 in the first
   layers of Qwen2.5). A rotation by position p being linear, ``R_p (k + b) = R_p k + R_p b``: the first part is stored,
   and a query's product with the second, known one is added to its score (:class:`KeyOffset`).
-* Codes of 4 bits are of ``H R_p k`` with an orthonormal **Hadamard** matrix H, which spreads the large channels of a
-  key over all of them; ``(H q) . (H k) = q . k`` (Ashkboos et al. 2024, QuaRot).
+* Codes of 4 bits are of ``R_p k A``, and queries become ``q B`` with ``A B^T = 1``: axes along which an error of a key
+  matters least to its scores, spread over all channels by a **Hadamard** matrix (:class:`KeyBasis`). Without axes A and
+  B are that matrix alone (Ashkboos et al. 2024, QuaRot).
 """
 
 from __future__ import annotations
@@ -133,13 +134,77 @@ class KeyOffset:
         return rope.reference(self.values.expand(len(positions), -1, -1), *self.turns.tables(positions))
 
 
-def store_codes(k: Tensor, v: Tensor, layer: KVLayer, slots: Tensor) -> None:
+@dataclass(frozen=True, slots=True)
+class KeyBasis:
+    """The axes of one layer's keys in codes of 4 bits: ``k A`` is stored, and met by ``q B``, with ``A B^T = 1``.
+
+    Attributes:
+        keys, queries: A and B, ``[kv_heads, D, D] float32``.
+    """
+
+    keys: Tensor
+    queries: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, shrink: float = 0.1) -> KeyBasis:
+        """The axes for queries ``[n, heads, D]`` and keys ``[n, kv_heads, D]`` like these, rotated.
+
+        The codes of ``k T H`` all err alike, by a share of the size of ``k T``, so that a score's error is
+        ``tr(T^T C T) tr(T^-1 M T^-T)`` with C and M the second moments of keys and queries. It is least where
+        ``S = T T^T`` solves ``S C S = M``: the geometric mean of M and the inverse of C. ``shrink`` mixes in what all
+        channels have in common, since moments of few samples are not to be trusted wholly.
+        """
+        kv_heads, dim = k.shape[1:]
+        grouped = q.double().view(len(q), kv_heads, -1, dim)
+        moments = (torch.einsum('nkd,nke->kde', k.double(), k.double()),
+                   torch.einsum('nkgd,nkge->kde', grouped, grouped))
+        c, m = (_shrunk(moment.cpu(), shrink) for moment in moments)
+        root, inverse = _power(c, 0.5), _power(c, -0.5)
+        s = inverse @ _power(root @ m @ root, 0.5) @ inverse
+        spread = hadamard(torch.eye(dim)).double()
+        keys, queries = (_power(s, power) @ spread for power in (0.5, -0.5))
+        return cls(keys.float().to(k.device), queries.float().to(k.device))
+
+
+def _shrunk(moment: Tensor, share: float) -> Tensor:
+    """``moment [heads, D, D]``, of size 1 on average, with ``share`` of the unit matrix."""
+    unit = torch.eye(moment.shape[-1], dtype=moment.dtype)
+    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
+    return moment / size + share * unit
+
+
+def _power(matrix: Tensor, power: float) -> Tensor:
+    """A power of symmetric positive matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(1e-9).pow(power)[..., None, :]) @ vectors.transpose(-1, -2)
+
+
+def turn(x: Tensor, axes: Tensor) -> Tensor:
+    """``x [T, heads, D]`` times the matrix of its key head, ``axes [kv_heads, D, D]``; float32.
+
+    Products have a multiple of 16 rows, so that on a CPU a token keeps its bits in any batch.
+    """
+    tokens, heads, dim = x.shape
+    kv_heads = len(axes)
+    rows = x.float().view(tokens, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+    count = rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % 16))
+    turned = torch.bmm(rows, axes)[:, :count]
+    return turned.view(kv_heads, tokens, -1, dim).transpose(0, 1).reshape(tokens, heads, dim).contiguous()
+
+
+def as_coded(x: Tensor, axes: Tensor | None) -> Tensor:
+    """Keys or queries ``[T, heads, D]`` as they are, or are met, in codes of 4 bits."""
+    return hadamard(x) if axes is None else turn(x, axes)
+
+
+def store_codes(k: Tensor, v: Tensor, layer: KVLayer, slots: Tensor, basis: KeyBasis | None = None) -> None:
     """Quantise rotated keys ``[T, kv_heads, D]``, whose offset is off, and values; write them to ``slots [T]``."""
     block_size = layer.k.shape[2]
     bits = 8 * layer.k.shape[-1] // k.shape[-1]
     block, at = slots // block_size, slots % block_size
     if bits == 4:
-        k = hadamard(torch.nan_to_num(k, 0.0, 0.0, 0.0))
+        k = as_coded(torch.nan_to_num(k, 0.0, 0.0, 0.0), None if basis is None else basis.keys)
     for new, pages, scale_pages in zip((k, v), (layer.k, layer.v), layer.scales):
         codes, scales = quantise(new, bits)
         pages[block, :, at] = codes
@@ -148,7 +213,7 @@ def store_codes(k: Tensor, v: Tensor, layer: KVLayer, slots: Tensor) -> None:
 
 @op
 def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-                     eps: float, offset: Tensor | None, layer: KVLayer,
+                     eps: float, offset: Tensor | None, basis: KeyBasis | None, layer: KVLayer,
                      slots: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Normalise (where there are weights) and rotate queries and keys; store keys and values as codes.
 
@@ -157,12 +222,13 @@ def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | N
         cos, sin: as for :func:`lmdeploy.ops.rope.rope`.
         q_weight, k_weight: ``[D]`` of the per-head norms, or None.
         offset: ``[kv_heads, D] float32``: what is taken off the keys before their rotation, or None.
+        basis: of codes of 4 bits: their axes; None: those of the Hadamard matrix.
         layer: pages of codes.
         slots: ``[T] int64``: block * block_size + offset.
 
     Returns:
-        The queries ``[T, heads, D]`` of qkv's dtype as they meet the codes, which means transformed by
-        :func:`hadamard` where those are of 4 bits; and as they meet an offset, if there is one.
+        The queries ``[T, heads, D]`` of qkv's dtype as they meet the codes, which means :func:`as_coded` where those
+        are of 4 bits; and as they meet an offset, if there is one.
     """
     kv_heads = layer.k.shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
@@ -171,8 +237,10 @@ def rope_write_codes(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | N
         q, k = rms_norm.reference(q, q_weight, eps), rms_norm.reference(k, k_weight, eps)
     if offset is not None:
         k = k.float() - offset
-    store_codes(rope.reference(k, cos, sin), v, layer, slots)
+    store_codes(rope.reference(k, cos, sin), v, layer, slots, basis)
     turned = rope.reference(q, cos, sin)
     plain = turned.to(qkv.dtype)
-    coded = plain if layer.k.shape[-1] == qkv.shape[-1] else hadamard(turned).to(qkv.dtype)
+    coded = plain
+    if layer.k.shape[-1] != qkv.shape[-1]:
+        coded = as_coded(turned, None if basis is None else basis.queries).to(qkv.dtype)
     return coded, None if offset is None else plain

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kv.cache import KVLayer
-from lmdeploy.ops.kv_codes import KeyOffset, dequantise, hadamard
+from lmdeploy.ops.kv_codes import KeyBasis, KeyOffset, dequantise, hadamard
 from lmdeploy.ops.table import op
 
 
@@ -40,28 +40,30 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
 
 
 def code_attention(q: Tensor, layer: KVLayer, offset: KeyOffset | None, block_table: Tensor, query_start: Sequence[int],
-                   kv_lens: Sequence[int], scale: float, window: int) -> Tensor:  # fmt: skip
+                   kv_lens: Sequence[int], scale: float, window: int, basis: KeyBasis | None = None) -> Tensor:
     """:func:`paged_attention` over pages of codes, which are made numbers again first.
 
     Args:
         offset: what was taken off the keys.
+        basis: the axes of codes of 4 bits.
     """
     kv_heads, block_size = layer.k.shape[1:3]
 
     def gather(row: int) -> tuple[Tensor, Tensor]:
         blocks = block_table[row, : -(-kv_lens[row] // block_size)].long()
-        k, v = read_codes(layer, blocks[None], offset, q.shape[-1])
+        k, v = read_codes(layer, blocks[None], offset, q.shape[-1], basis)
         return k[0], v[0]
 
     return _attend_rows(q, gather, query_start, kv_lens, scale, window)
 
 
-def read_codes(layer: KVLayer, tables: Tensor, offset: KeyOffset | None, dim: int) -> tuple[Tensor, Tensor]:
+def read_codes(layer: KVLayer, tables: Tensor, offset: KeyOffset | None, dim: int,
+               basis: KeyBasis | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Keys and values ``[B, kv_heads, blocks * block_size, D] float32`` of rows with blocks ``tables [B, blocks]``."""
     k, v = (dequantise(pages[tables], scales[tables], dim).transpose(1, 2).flatten(2, 3)
             for pages, scales in zip((layer.k, layer.v), layer.scales))
     if layer.k.shape[-1] != dim:
-        k = hadamard(k)
+        k = hadamard(k) if basis is None else k @ basis.queries.transpose(1, 2)  # A B^T = 1
     if offset is not None:
         positions = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
         k = k + offset.at(positions).transpose(0, 1)

@@ -8,6 +8,7 @@ import torch
 from lmdeploy.kv.cache import KVCache, KVLayer, KVShape
 from lmdeploy.ops.kv_codes import (
     SPAN,
+    KeyBasis,
     KeyOffset,
     Turns,
     dequantise,
@@ -16,6 +17,7 @@ from lmdeploy.ops.kv_codes import (
     quantise,
     rope_write_codes,
     store_codes,
+    turn,
 )
 from lmdeploy.ops.paged_attention import code_attention, paged_attention, read_codes
 from lmdeploy.ops.rope import rope, rope_tables
@@ -97,7 +99,7 @@ def test_an_offset_is_given_back(rotated, factor):
     qkv[:, 6:8] += offset.values
     cos, sin = offset.turns.tables(torch.arange(tokens, dtype=torch.int32))
     layer = KVCache(KVShape(1, 2, 32, 8), 3).layer(0)
-    q, as_it_meets = rope_write_codes.reference(qkv, cos, sin, None, None, 1e-6, offset.values, layer,
+    q, as_it_meets = rope_write_codes.reference(qkv, cos, sin, None, None, 1e-6, offset.values, None, layer,
                                                 64 + torch.arange(tokens))  # fmt: skip
     assert as_it_meets is not None and torch.equal(q, as_it_meets)
     k, v = (x[0, :, :tokens].transpose(0, 1) for x in read_codes(layer, torch.tensor([[1, 2, 3]]), offset, 32))
@@ -118,12 +120,12 @@ def test_a_score_needs_only_the_offset_within_a_span():
     torch.testing.assert_close(torch.einsum('thd,hnd->thn', back, offset.within), wanted, atol=0.05, rtol=1e-3)
 
 
-@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize(('bits', 'with_basis'), [(8, False), (4, False), (4, True)])
 @pytest.mark.parametrize('with_offset', [False, True])
 @pytest.mark.parametrize(('heads', 'kv_heads', 'dim', 'block', 'window'), [
     (8, 4, 80, 64, 0), (6, 2, 96, 128, 100), (14, 2, 64, 320, 300)])
 def test_attention_over_codes_is_attention_over_what_they_stand_for(heads, kv_heads, dim, block, window, with_offset,
-                                                                    bits):  # fmt: skip
+                                                                    bits, with_basis):  # fmt: skip
     lens, queries = [700, 290, 65, 1], [1, 100, 65, 1]
     start = [0, 1, 101, 166, 167]
     counts = [-(-n // block) for n in lens]
@@ -133,27 +135,30 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(heads, kv_he
     offset = offset_of(kv_heads, dim, dim, size=5.0) if with_offset else None
     codes = KVCache(KVShape(1, kv_heads, dim, bits), sum(counts), block).layer(0)
     spots = torch.arange((sum(counts) + 1) * block)
-    store_codes(torch.randn(len(spots), kv_heads, dim), torch.randn(len(spots), kv_heads, dim), codes, spots)
+    k, v = torch.randn(2, len(spots), kv_heads, dim)
+    basis = KeyBasis.of(torch.randn(99, heads, dim), k[:99]) if with_basis else None
+    store_codes(k, v, codes, spots, basis)
     plain = KVLayer(*(torch.zeros(sum(counts) + 1, kv_heads, block, dim) for _ in 'kv'))
     for row in range(4):
-        k, v = read_codes(codes, table[row : row + 1], offset, dim)
+        k, v = read_codes(codes, table[row : row + 1], offset, dim, basis)
         for pages, found in ((plain.k, k), (plain.v, v)):
             pages[table[row].long()] = found[0].view(kv_heads, -1, block, dim).transpose(0, 1)
     q = torch.randn(start[-1], heads, dim) / 2
     wanted = paged_attention.reference(q, plain.k, plain.v, table, start, lens, dim**-0.5, window)
     assert queries == [b - a for a, b in zip(start, start[1:])]
-    arguments = (codes, offset, table, start, lens, dim**-0.5, window)
+    arguments = (codes, offset, table, start, lens, dim**-0.5, window, basis)
     torch.testing.assert_close(code_attention(q, *arguments), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(span_attention(q, *arguments), wanted, atol=2e-4, rtol=2e-4)
 
 
-def span_attention(q, layer, offset, table, start, lens, scale, window):
+def span_attention(q, layer, offset, table, start, lens, scale, window, basis):
     """As a model on a CPU attends."""
     from lmdeploy.ops.cpu.paged_attention import attend
     from lmdeploy.ops.cpu.spans import Shape, build_chunks
 
     shape = Shape(q.shape[1], layer.k.shape[1], q.shape[2], layer.k.shape[2])
-    return attend(q, layer, build_chunks(start, lens, table, shape, window), scale, q.dtype, offset)
+    return attend(q, layer, build_chunks(start, lens, table, shape, window), scale, q.dtype, offset,
+                  basis)  # fmt: skip
 
 
 def test_tables_that_grow_leave_the_old_ones_in_place():
@@ -165,3 +170,25 @@ def test_tables_that_grow_leave_the_old_ones_in_place():
     assert small.data_ptr() == address and torch.equal(small, values)
     cos, sin = rope_tables(torch.tensor([128], dtype=torch.int32), turns.frequencies, 1.0)
     assert torch.equal(large[2], torch.stack((cos[0, 0], -sin[0, 0])))
+
+
+def test_axes_keep_products_and_make_errors_matter_less():
+    """Queries that share a direction: an error along it would count in every score."""
+    generator = torch.Generator().manual_seed(3)
+    size = torch.logspace(1, -1, 64)[torch.randperm(64, generator=generator)]
+    common = 20 * torch.randn(1, 6, 64, generator=generator)
+    q = torch.randn(400, 6, 64, generator=generator) / size + common
+    k = torch.randn(400, 2, 64, generator=generator) * size
+    basis = KeyBasis.of(q[:200], k[:200])
+    turned_q, turned_k = turn(q, basis.queries), turn(k, basis.keys)
+
+    def scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return torch.einsum('tkgd,skd->tkgs', queries.view(-1, 2, 3, 64), keys)
+
+    wanted = scores(q, k)
+    torch.testing.assert_close(scores(turned_q, turned_k), wanted, atol=0.02, rtol=1e-3)
+    with_axes, without = (
+        (scores(queries, dequantise(*quantise(keys, 4), 64)) - wanted).pow(2).mean()
+        for queries, keys in ((turned_q, turned_k), (hadamard(q), hadamard(k))))
+    assert with_axes < without / 3
+    assert torch.equal(turn(k[:7], basis.keys), turn(k, basis.keys)[:7])

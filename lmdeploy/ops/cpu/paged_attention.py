@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmdeploy.kv.cache import PAGE, KVLayer
 from lmdeploy.ops.cpu.spans import NEVER, SPAN, Chunk, Leaf, Node, Shape, build_chunks
-from lmdeploy.ops.kv_codes import KeyOffset, dequantise, hadamard
+from lmdeploy.ops.kv_codes import KeyBasis, KeyOffset, dequantise, hadamard
 from lmdeploy.ops.paged_attention import paged_attention
 from lmdeploy.ops.rope import rope
 
@@ -39,11 +39,11 @@ class Queries:
 
 
 def attend(q: Tensor, layer: KVLayer, chunks: Sequence[Chunk], scale: float, dtype: torch.dtype,
-           offset: KeyOffset | None = None) -> Tensor:  # fmt: skip
+           offset: KeyOffset | None = None, basis: KeyBasis | None = None) -> Tensor:  # fmt: skip
     """As :func:`paged_attention`, with the step's chunks made before; returns ``[T, heads, D]`` of ``dtype``.
 
     Args:
-        layer: pages of numbers, or of codes, from whose keys ``offset`` is off.
+        layer: pages of numbers, or of codes, from whose keys ``offset`` is off, and which have the axes ``basis``.
     """
     tokens, heads, dim = q.shape
     kv_heads = layer.k.shape[1]
@@ -53,7 +53,7 @@ def attend(q: Tensor, layer: KVLayer, chunks: Sequence[Chunk], scale: float, dty
     out = torch.empty(tokens, heads, dim, dtype=dtype) if whole else torch.zeros(tokens, heads, dim, dtype=dtype)
     for chunk in chunks:
         tiles = _tiles(q, chunk, kv_heads, scale)
-        queries = Queries(hadamard(tiles) if turned else tiles, tiles, layer, offset)
+        queries = Queries(_as_coded(tiles, basis) if turned else tiles, tiles, layer, offset)
         result, _ = _evaluate(chunk.root, queries, isinstance(chunk.root, tuple))
         shape = (chunk.count, kv_heads, chunk.size, group, dim)
         result = result[:, :, : chunk.size * group].view(shape).transpose(1, 2)
@@ -77,6 +77,15 @@ def _tiles(q: Tensor, chunk: Chunk, kv_heads: int, scale: float) -> Tensor:
     tiles = torch.empty(shape) if used == chunk.rows else torch.zeros(shape)
     torch.mul(q, scale, out=tiles[:, :, :used].view(chunk.count, kv_heads, chunk.size, group, dim))
     return tiles
+
+
+def _as_coded(tiles: Tensor, basis: KeyBasis | None) -> Tensor:
+    """Tiles as they meet codes of 4 bits."""
+    if basis is None:
+        return hadamard(tiles)
+    count, kv_heads, rows, dim = tiles.shape
+    turned = torch.bmm(tiles.transpose(0, 1).reshape(kv_heads, -1, dim), basis.queries)
+    return turned.view(kv_heads, count, rows, dim).transpose(0, 1).contiguous()
 
 
 def _evaluate(node: Node, queries: Queries, inner: bool) -> Partial:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kv.cache import KVLayer
-from lmdeploy.ops.kv_codes import hadamard, quantise
+from lmdeploy.ops.kv_codes import KeyBasis, as_coded, quantise
 from lmdeploy.ops.write_kv import write_kv
 
 
@@ -25,11 +25,11 @@ def write_rows(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, index: Te
         pages.view(-1, dim).index_copy_(0, index, rows)
 
 
-def write_code_rows(k: Tensor, v: Tensor, layer: KVLayer, index: Tensor) -> None:
+def write_code_rows(k: Tensor, v: Tensor, layer: KVLayer, index: Tensor, basis: KeyBasis | None) -> None:
     """As :func:`lmdeploy.ops.kv_codes.store_codes`, with the rows of :func:`row_index`."""
     bits = 8 * layer.k.shape[-1] // k.shape[-1]
     if bits == 4:
-        k = hadamard(torch.nan_to_num(k, 0.0, 0.0, 0.0))
+        k = as_coded(torch.nan_to_num(k, 0.0, 0.0, 0.0), None if basis is None else basis.keys)
     for new, pages, scale_pages in zip((k, v), (layer.k, layer.v), layer.scales):
         codes, scales = quantise(new, bits)
         pages.view(-1, pages.shape[-1]).index_copy_(0, index, codes.view(-1, pages.shape[-1]))

@@ -39,6 +39,7 @@ class DecodeConfig:
         fused: the program that delivers the last part merges the parts; otherwise a second kernel does, in parallel.
         tma: tiles are read by tensor descriptors, not by pointers.
         least: tiles that a program takes at least.
+        registers: that a thread may use at most; None: as many as it likes.
     """
 
     per_sm: int
@@ -50,12 +51,16 @@ class DecodeConfig:
     registers: int | None = None
 
 
-def config_of(dim: int, size: int, pairs: int) -> DecodeConfig:
-    """The launch parameters for ``pairs`` (row, key head) whose keys have ``dim`` channels of ``size`` bytes.
+def config_of(dim: int, size: int, pairs: int, bits: int = 0) -> DecodeConfig:
+    """The launch parameters for ``pairs`` (row, key head) whose keys have ``dim`` channels of ``size`` bytes, or codes.
 
     As measured on an H200: few pairs are split into many parts, which a second kernel merges faster; many pairs fill
     the device, and pointers read whole tiles a little faster than descriptors.
     """
+    if bits:
+        if pairs < 128:
+            return DecodeConfig(1 if pairs < 32 else 2, 5, False)
+        return DecodeConfig(3, 5 if bits == 8 else 3, True, tma=bits == 4, registers=168)
     if 2 * TILE * next_power_of_2(dim) * size > 32 * 1024:  # a tile of keys and one of values
         return DecodeConfig(1, 5 if dim * size <= 512 else 3, pairs >= 128)
     if dim <= 64:

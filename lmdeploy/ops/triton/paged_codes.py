@@ -147,10 +147,7 @@ def four_pieces(words, KIND: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def channel_of(PIECE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """The channels of a piece, ``[PADDED]``, in the layout of :class:`lmdeploy.kv.format.Codes`."""
-    if BITS == 8:
-        first: tl.constexpr = PIECE
-    else:
-        first: tl.constexpr = PIECE // 2 + PIECE % 2 * (D // 2)
+    first: tl.constexpr = PIECE if BITS == 8 else PIECE // 2 + PIECE % 2 * (D // 2)
     return 2 * tl.arange(0, PADDED) + first
 
 

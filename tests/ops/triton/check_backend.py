@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lmdeploy.attention.backend import Rotation
 from lmdeploy.attention.reference import Reference
 from lmdeploy.attention.triton_paged import TritonPaged
 from lmdeploy.kv.cache import KVCache, KVShape
-from lmdeploy.ops.kv_codes import KeyOffset, Turns
+from lmdeploy.ops.kv_codes import KeyBasis, KeyOffset, Turns
 from lmdeploy.ops.rope import rope_tables
 from lmdeploy.runner.batch import ForwardBatch
 from tests.attention.test_backends import CASE, batch_of
@@ -23,11 +24,12 @@ STEPS = ([5, 70, 3], [1, 1, 1], [1, 30, 2], [1, 1, 64], [1, 1, 1])  # new tokens
 def on(device: torch.device, batch: ForwardBatch) -> ForwardBatch:
     tensors = {field.name: value.to(device) for field in dataclasses.fields(batch)
                if isinstance(value := getattr(batch, field.name), torch.Tensor)}  # fmt: skip
-    return dataclasses.replace(batch, **tensors)
+    return replace(batch, **tensors)
 
 
 @pytest.mark.parametrize(('block_size', 'bits', 'offset'), [
     (64, 0, False), (128, 0, False), (128, 8, False), (64, 8, True), (64, 4, False), (128, 4, True)])
+# codes of 4 bits without an offset have axes of their own
 def test_a_growing_cache(block_size, bits, offset, dtype, device):
     generator = torch.Generator().manual_seed(0)
     backends = TritonPaged(), Reference()
@@ -36,6 +38,9 @@ def test_a_growing_cache(block_size, bits, offset, dtype, device):
     frequencies = torch.rand(16, generator=generator).to(device)
     values = 20 * torch.randn(2, 32, generator=generator).to(device)
     key_offset = KeyOffset(values, Turns(frequencies, 1.0)) if offset else None
+    basis = None
+    if bits == 4 and not offset:
+        basis = KeyBasis.of(*(torch.randn(99, heads, 32, generator=generator).to(device) for heads in (6, 2)))
     done = [0, 0, 0]
     for feed in STEPS:
         batch = on(device, batch_of(done, feed, blocks, block_size))
@@ -43,8 +48,9 @@ def test_a_growing_cache(block_size, bits, offset, dtype, device):
         qkv = torch.randn(sum(feed), 10, 32, generator=generator).to(device)
         if offset:
             qkv[:, 6:8] += values
-        rotation = Rotation(*rope_tables(batch.positions, frequencies, 1.0), offset=key_offset)
-        plans = [backend.prepare(CASE, batch, kv) for backend, kv in zip(backends, caches)]
+        rotation = Rotation(*rope_tables(batch.positions, frequencies, 1.0), offset=key_offset,
+                            basis=basis)  # fmt: skip
+        plans = [backend.prepare(replace(CASE, bits=bits), batch, kv) for backend, kv in zip(backends, caches)]
         for window in CASE.windows:
             results = []
             for backend, kv, batch.plan in zip(backends, caches, plans):

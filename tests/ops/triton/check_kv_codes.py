@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from lmdeploy.kv.cache import KVCache, KVShape
-from lmdeploy.ops.kv_codes import dequantise, rope_write_codes
+from lmdeploy.ops.kv_codes import KeyBasis, dequantise, rope_write_codes
 from lmdeploy.ops.rope import rope_tables
 from lmdeploy.ops.triton.kv_codes import triton_rope_write_codes
 
 
-@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize(('bits', 'turned'), [(8, False), (4, False), (4, True)])
 @pytest.mark.parametrize(('norm', 'offset'), [(False, True), (True, False)])
 @pytest.mark.parametrize(('heads', 'kv_heads', 'dim', 'rotated', 'block'), [
     (6, 2, 64, 64, 64), (14, 2, 32, 32, 128), (4, 4, 80, 80, 64), (3, 1, 64, 32, 64)])
-def test_write(heads, kv_heads, dim, rotated, block, norm, offset, bits, dtype, device):
+def test_write(heads, kv_heads, dim, rotated, block, norm, offset, bits, turned, dtype, device):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
-    tokens, blocks = 5, 4
+    tokens, blocks = 19, 4
     qkv = random(tokens, heads + 2 * kv_heads, dim)
     values = 30 * random(kv_heads, dim) if offset else None
     if values is not None:
@@ -35,8 +35,9 @@ def test_write(heads, kv_heads, dim, rotated, block, norm, offset, bits, dtype, 
     weights = [(random(dim) / 4 + 1).to(device) for _ in 'qk'] if norm else [None, None]
     slots = torch.randperm(blocks * block, generator=generator)[:tokens].to(device)
     layers = [KVCache(KVShape(1, kv_heads, dim, bits), blocks - 1, block, dtype, device).layer(0) for _ in range(2)]
-    found = triton_rope_write_codes(qkv, cos, sin, *weights, 1e-6, values, layers[0], slots)
-    wanted = rope_write_codes.reference(qkv, cos, sin, *weights, 1e-6, values, layers[1], slots)
+    basis = KeyBasis.of(random(99, heads, dim).to(device), random(99, kv_heads, dim).to(device)) if turned else None
+    found = triton_rope_write_codes(qkv, cos, sin, *weights, 1e-6, values, basis, layers[0], slots)
+    wanted = rope_write_codes.reference(qkv, cos, sin, *weights, 1e-6, values, basis, layers[1], slots)
     error = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for ours, theirs in zip(found, wanted):
         assert (ours is None) == (theirs is None)
