@@ -80,9 +80,11 @@ def _named(wanted: str) -> Corpus:
         return _bundle('')
     if wanted == MIX:
         english = _first(PTB, [lambda: list(treebank('train'))])
+        if english.parts:
+            return english
         parts = [english, Corpus('bundled en', bundled('calibration_en')),
                  Corpus('bundled zh', bundled('calibration_zh')), Corpus('bundled code', _own_code())]  # fmt: skip
-        return Corpus(MIX, [], replaced=english.replaced, parts=parts)
+        return Corpus(MIX, [], parts=parts)
     if wanted in HUB:
         try:
             return Corpus(wanted, list(hub_text(wanted)))

@@ -85,10 +85,10 @@ def test_calibrate(lite, model, tmp_path):
 
 
 def test_compare(lite, model, tmp_path):
-    code, out, err = lite('compare', model, '--work-dir', 'out', '--forms', 'w4a8', 'w4a8+kv8', *QUICK)
+    code, out, err = lite('compare', model, '--work-dir', 'out', '--forms', 'w4a8+kv8', *QUICK)
     assert code == 0, err
     report = json.loads((tmp_path / 'out' / 'compare.json').read_text())
-    assert [row['name'] for row in report['rows']] == ['FP16', 'W4A8', 'W4A8 + KV8']
+    assert [row['name'] for row in report['rows']] == ['FP16', 'W4A8 + KV8']
     assert report['rows'][0]['accuracy'] == 1.0 and all(row['tokens_per_second'] > 0 for row in report['rows'])
     assert 'relative accuracy' in out and (tmp_path / 'out' / 'compare.html').read_text().count('<svg') == 4
 

@@ -22,7 +22,7 @@ def sampler(toy):
 
 
 def test_named_texts_are_replaced_by_name_where_there_is_no_network():
-    for name in ('wikitext2', 'c4', 'pileval', 'ptb'):
+    for name in ('wikitext2', 'c4', 'pileval', 'ptb', 'mix'):
         found = load_corpus(name)
         assert found.name == 'bundled' and 'no network' in found.replaced
         assert [part.name for part in found.parts] == ['bundled en', 'bundled zh', 'bundled code']
@@ -30,6 +30,7 @@ def test_named_texts_are_replaced_by_name_where_there_is_no_network():
 
 def test_ptb_stands_in_for_a_text_of_the_hub(monkeypatch):
     monkeypatch.setattr(corpora, 'treebank', lambda part: ['a sentence', 'another'])
+    assert [part.name for part in load_corpus('mix').parts] == ['ptb', 'bundled en', 'bundled zh', 'bundled code']
     assert load_corpus('ptb').documents == ['a sentence', 'another'] and not load_corpus('ptb').replaced
     found = load_corpus('c4')
     assert found.name == 'ptb' and found.replaced.startswith('c4: ')

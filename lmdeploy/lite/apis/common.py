@@ -24,7 +24,12 @@ def quantise(model: str, recipe: Recipe, options: Options, command: str, revisio
 
 
 def options_of(work_dir: str | Path, calib_dataset: str, calib_samples: int, calib_seqlen: int, batch_size: int,
-               dtype: str, device: str, exact: bool) -> Options:  # fmt: skip
-    """Options of a run from Python; ``exact``: all samples that are asked for, on a CPU as well."""
+               dtype: str, device: str, exact: bool, eval_tokens: int | None = None) -> Options:  # fmt: skip
+    """Options of a run from Python.
+
+    Args:
+        exact: all samples that are asked for, on a CPU as well. eval_tokens: of each held-out text on which the result
+            is judged; None: as many as the device does quickly, 0: not at all.
+    """
     return Options(Path(work_dir).expanduser(), calib_dataset, calib_samples, calib_seqlen,
-                   sys.maxsize if exact else None, batch_size, dtype=dtype, device=device, answers=False)  # fmt: skip
+                   sys.maxsize if exact else None, batch_size, eval_tokens, dtype, device, answers=False)  # fmt: skip
