@@ -108,6 +108,18 @@ def test_greedy_tokens_over_32_steps_in_chunks(family, name):
         assert answer == wanted[0, len(prompt.ids) :].tolist()
 
 
+@pytest.mark.parametrize('name', ['internvl', 'llava', 'llava-next', 'qwen2.5-vl'])
+@pytest.mark.parametrize('size', [(1, 1), (1, 9), (150, 1), (3, 400), (57, 56)])
+def test_pictures_of_a_few_pixels(family, name, size):
+    vision, reference = family(name)
+    prompt = vision.prompt(text(1, 3), picture(*size), text(2, 3))
+    vision.encode([prompt])
+    found = vision.step([(vision.driver.row(), prompt, prompt.ids)])[0]
+    with torch.inference_mode():
+        wanted = reference(**reference_inputs(vision, prompt)).logits[0]
+    assert_close(found, wanted)
+
+
 @pytest.mark.parametrize('name', FAMILIES)
 def test_pictures_do_not_see_each_other(family, name):
     vision, _ = family(name)

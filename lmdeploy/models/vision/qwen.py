@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmdeploy.config.rope import RopeConfig
 from lmdeploy.config.vision import TowerConfig
-from lmdeploy.models.vision.vit import attention_linears, norm, patch_bundle
+from lmdeploy.models.vision.vit import add, add_norm, attention_linears, norm, patch_bundle
 from lmdeploy.nn.build import Build
 from lmdeploy.nn.linear import Linear, read_bundle
 from lmdeploy.nn.mlp import MLP, GatedMLP
@@ -94,15 +94,17 @@ class Layer:
         for part, name in zip(self.norms, ('norm1', 'norm2')):
             part.load(prefix.child(name))
 
-    def __call__(self, x: Tensor, patches: Patches, windowed: bool) -> Tensor:
-        """``x [T, hidden]`` to the same."""
-        qkv = self.qkv(self.norms[0](x)).view(len(x), 3 * self.heads, -1)
+    def __call__(self, x: Tensor, added: Tensor | None, patches: Patches, windowed: bool) -> tuple[Tensor, Tensor]:
+        """From the stream ``x [T, hidden]``, to which the layer before adds ``added`` (None: nothing), to the same
+        stream and what this layer adds to it."""
+        x, normed = add_norm(self.norms[0], x, added, None)
+        qkv = self.qkv(normed).view(len(x), 3 * self.heads, -1)
         qk, v = qkv[:, : 2 * self.heads], qkv[:, 2 * self.heads :]
         qk = rope(qk, *patches.tables).to(x.dtype)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         attend = _in_windows if windowed and patches.windows is not None else _in_pictures
-        x = x + self.o(attend(q, k, v, patches).flatten(1))
-        return x + self.mlp(self.norms[1](x))
+        x, normed = add_norm(self.norms[1], x, self.o(attend(q, k, v, patches).flatten(1)), None)
+        return x, self.mlp(normed)
 
 
 class QwenTower:
@@ -125,9 +127,10 @@ class QwenTower:
         tower = self.tower
         x = self.patches(torch.cat([_blocks(picture[0], tower.patch_size, tower.merge) for picture in pictures]))
         patches = self._patches([(p.shape[2] // tower.patch_size, p.shape[3] // tower.patch_size) for p in pictures])
+        added = None
         for i, layer in enumerate(self.layers):
-            x = layer(x, patches, i not in tower.full_layers)
-        return x
+            x, added = layer(x, added, patches, i not in tower.full_layers)
+        return add(x, added, None)
 
     def _patches(self, grids: Sequence[tuple[int, int]]) -> Patches:
         """Of pictures of so many rows and columns of patches."""

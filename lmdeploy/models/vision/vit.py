@@ -152,7 +152,7 @@ class ViT:
         self.patches.set(patch_bundle(prefix.child(names.patches), tower, build))
         per_side = tower.image_size // tower.patch_size
         shape = (per_side**2 + bool(names.class_token), tower.hidden_size)
-        # added in float32, as there are two of them in one place only
+        # the class token and its position are one vector, rounded once
         positions = flat(prefix, names.positions, shape, torch.float32)
         if names.class_token:
             positions[0] += flat(prefix, names.class_token, (1, tower.hidden_size), torch.float32)[0]
