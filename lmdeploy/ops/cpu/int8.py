@@ -1,10 +1,14 @@
 """Products with 8-bit weights, one scale for each output, on CPUs.
 
-Inputs as they are (``int8_linear``): torch's kernel for few rows, tiles of codes in bfloat16, which holds them exactly,
-and oneDNN for many. Both scale the sums, which are float32, once; a row's bits depend on the way only.
-
 Inputs of 8 bits (``int8_product``): oneDNN multiplies the integers exactly. It wants unsigned inputs, so codes are
 moved by 128, which it takes off again. Without VNNI it cuts sums of two products to 16 bits: ``features.int8_dot``.
+
+Inputs in bfloat16 by integers (``wide_product``): a token's inputs become integers of 16 bits with a scale of their
+own, that is, two rows of 8 bits, and the products of both are added. What is lost of an input is 1/65000 of the token's
+largest one at most, less than bfloat16 loses of that one. All sums are of integers: a row's bits depend on it alone.
+
+Inputs in bfloat16 as they are (``int8_linear``), without VNNI: torch's kernel for few rows; for many, tiles of codes in
+bfloat16, which holds them exactly, and oneDNN. Both scale the sums, which are float32, once.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS = 64  # tokens of a wide product at a time: its sums stay in the cache
 FEW_ROWS = 12  # up to so many rows torch's kernel is faster
 WIDTH = 16  # of which input channels must be a multiple: torch's kernel reads so many at once, the last ones as well
 OUTPUTS = 4  # of which outputs must be
 TILE = 1 << 19  # elements of a tile: 1 MiB of bfloat16
 _FEWEST_ROWS = 4  # of a product of integers; fewer take longer
 _MIDDLE = 128  # what turns signed codes into unsigned ones
+_WIDE = 32512  # the largest integer of a wide product: 127 of its upper 8 bits, whose unit is 256
+_LEAST = 1e-30  # what the largest input of a token counts as, at least
 
 
 @dataclass(slots=True)
@@ -109,6 +116,24 @@ def int8_product(codes: Tensor, weight: Int8Product) -> Tensor:
     x = codes.view(torch.uint8) ^ _MIDDLE
     if rows < _FEWEST_ROWS:
         x = F.pad(x, (0, 0, 0, _FEWEST_ROWS - rows))
-    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, _MIDDLE, weight.codes, weight.scales, weight.zeros, None, 1.0, 0,
-                                           torch.float32, 'none', [], '')  # fmt: skip
-    return y[:rows]
+    return _multiply(x, weight)[:rows]
+
+
+def wide_product(x: Tensor, weight: Int8Product) -> Tensor:
+    """``x [T, in] bfloat16``, rounded to 16-bit integers, times the weight and its scales: ``[T, out] float32``."""
+    rows = x.shape[0]
+    if rows > ROWS:
+        return torch.cat([wide_product(part, weight) for part in x.split(ROWS)])
+    largest = x.abs().amax(1, keepdim=True).float().clamp_(min=_LEAST)
+    whole = (x * (_WIDE / largest)).add_(257 * _MIDDLE + 0.5).to(torch.int32)  # both bytes moved; .to cuts
+    both = torch.empty(2 * rows, x.shape[1], dtype=torch.uint8)
+    both[:rows] = whole >> 8
+    both[rows:] = whole  # its lower byte
+    sums = _multiply(both, weight)
+    return torch.add(sums[rows:], sums[:rows], alpha=256).mul_(largest / _WIDE)
+
+
+def _multiply(codes: Tensor, weight: Int8Product) -> Tensor:
+    """``codes [T, in] uint8``, less 128, times the weight and its scales: ``[T, out] float32``."""
+    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, _MIDDLE, weight.codes, weight.scales, weight.zeros, None, 1.0,
+                                              0, torch.float32, 'none', [], '')  # fmt: skip

@@ -16,12 +16,12 @@ from lmdeploy.quant.kernels.choice import (
     register_linear,
     withdraw,
 )
-from lmdeploy.quant.kernels.cpu import Int4, Int4Inputs, Int8, Int8Inputs
+from lmdeploy.quant.kernels.cpu import Int4, Int4Inputs, Int8, Int8Inputs, WideInt8
 from lmdeploy.quant.kernels.dense import Dense, Interleaved, PackedDense, PackedGated
 from lmdeploy.quant.kernels.dequantised import Dequantised, DequantisedGated, Merged, QuantisedInput, QuantisedPack
 from lmdeploy.quant.kernels.triton import PackedGatedProduct, PackedProduct, ScaledGatedProduct, ScaledProduct
 
-LINEAR += [PackedDense(), Dense(), PackedProduct(), ScaledProduct(), Int4(), Int8(), Int8Inputs(),
+LINEAR += [PackedDense(), Dense(), PackedProduct(), ScaledProduct(), Int4(), WideInt8(), Int8(), Int8Inputs(),
            Int4Inputs(), Dequantised(), QuantisedInput()]  # fmt: skip
 GATED += [PackedGated(), Interleaved(), PackedGatedProduct(), ScaledGatedProduct(), DequantisedGated(), Merged()]
 
@@ -51,6 +51,7 @@ __all__ = [
     'ScaledGatedProduct',
     'ScaledProduct',
     'TakesCodes',
+    'WideInt8',
     'choose_gated',
     'choose_kernel',
     'explain',

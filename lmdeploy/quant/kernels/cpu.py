@@ -14,6 +14,8 @@ from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels.base import KernelCase
 from lmdeploy.weights.dequant import FOUR_BITS
 
+NO_DOT = 'needs instructions for products of 8-bit integers (VNNI)'
+
 
 class Int4:
     """Codes of up to 4 bits in groups, and GGUF blocks of such codes; of 2 and 3 bits they are kept in 4.
@@ -42,8 +44,44 @@ class Int4:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Wide:
+    """A weight, its bias ``[out] float32``, and the order in which it wants its inputs, or None."""
+
+    weight: int8.Int8Product
+    bias: Tensor | None
+    perm: Tensor | None
+
+
+class WideInt8:
+    """Codes of 8 bits with one scale for each output, by products of integers."""
+
+    name = 'onednn_int8_wide'
+
+    def refuse(self, case: KernelCase) -> list[str]:
+        reasons = _refuse(case)
+        if not features.int8_dot():
+            reasons.append(NO_DOT)
+        if case.scheme.activation:
+            reasons.append('does not quantise inputs')
+        return reasons + _refuse_int8(case)
+
+    def pack(self, bundle: LinearBundle, case: KernelCase) -> Wide:
+        return Wide(_product(bundle), _bias(bundle, torch.float32), bundle.perm)
+
+    def apply(self, x: Tensor, packed: Wide) -> Tensor:
+        return self.apply_float(x, packed).to(x.dtype)
+
+    def apply_float(self, x: Tensor, packed: Wide) -> Tensor:
+        y = int8.wide_product(x if packed.perm is None else x[:, packed.perm], packed.weight)
+        return y if packed.bias is None else y.add_(packed.bias)
+
+    def rounds(self, case: KernelCase) -> bool:
+        return False
+
+
 class Int8:
-    """Codes of 8 bits with one scale for each output."""
+    """Codes of 8 bits with one scale for each output, where products of integers are slow."""
 
     name = 'cpu_int8'
 
@@ -101,15 +139,13 @@ class Int8Inputs:
         if case.device.type != 'cpu':
             reasons.append('runs on cpu')
         if not features.int8_dot():
-            reasons.append('needs instructions for products of 8-bit integers (VNNI)')
+            reasons.append(NO_DOT)
         if case.scheme.activation != 'int8' or case.scheme.activation_group:
             reasons.append('quantises inputs to int8, token by token')
         return reasons + _refuse_int8(case)
 
     def pack(self, bundle: LinearBundle, case: KernelCase) -> Quantised:
-        assert bundle.codes is not None and bundle.scales is not None
-        weight = int8.pack_product(bundle.codes.t(), bundle.scales[0])
-        return Quantised(weight, 'int8', bundle.input_scale, _bias(bundle, torch.float32), bundle.perm)
+        return Quantised(_product(bundle), 'int8', bundle.input_scale, _bias(bundle, torch.float32), bundle.perm)
 
     def apply(self, x: Tensor, packed: Quantised) -> Tensor:
         return self.apply_float(x, packed).to(x.dtype)
@@ -171,6 +207,11 @@ def pack_int4(bundle: LinearBundle) -> int4.Int4Weight:
             packed = int4.pack_int4(codes, scales, (8 - bundle.zeros) * scales, bundle.scheme.group)
     packed.bias, packed.perm = _bias(bundle, torch.bfloat16), bundle.perm
     return packed
+
+
+def _product(bundle: LinearBundle) -> int8.Int8Product:
+    assert bundle.codes is not None and bundle.scales is not None
+    return int8.pack_product(bundle.codes.t(), bundle.scales[0])
 
 
 def _bias(bundle: LinearBundle, dtype: torch.dtype) -> Tensor | None:
