@@ -66,16 +66,13 @@ class GatedLinear:
             self.takes = self.kernel.takes(self._packed)
 
     def __call__(self, x: Tensor | TokenCodes, then: CodesOf | None = None) -> Tensor | TokenCodes:
-        """``[T, out]`` of ``x [T, in]``, which may be quantised as :attr:`takes` says; where x may be, the result is
-        quantised for the layer behind this one as ``then`` says."""
-        if self.takes is None or not isinstance(self.kernel, GatedTakesCodes):
-            assert isinstance(x, Tensor)
-            return self._apply(x, self._packed, self.activation)
-        dtype = self.build.dtype
-        if then is not None:
-            return self.kernel.apply_to_codes(x, self._packed, self.activation, dtype, then)
+        """``[T, out]`` of ``x [T, in]``, which may be quantised as :attr:`takes` says; if it is, so is the result, as
+        ``then`` says for the layer behind this one."""
         if isinstance(x, TokenCodes):
-            return self.kernel.apply_codes(x, self._packed, self.activation, dtype)
+            assert isinstance(self.kernel, GatedTakesCodes)
+            if then is not None and len(x.codes) > then.above:
+                return self.kernel.apply_to_codes(x, self._packed, self.activation, self.build.dtype, then)
+            return self.kernel.apply_codes(x, self._packed, self.activation, self.build.dtype)
         return self._apply(x, self._packed, self.activation)
 
 

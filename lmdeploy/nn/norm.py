@@ -39,13 +39,12 @@ class RMSNorm:
     def for_layer(self, takes: CodesOf | None, x: Tensor, residual: Tensor | None = None,
                   post: RMSNorm | None = None) -> tuple[Tensor | TokenCodes, Tensor]:  # fmt: skip
         """As :meth:`add`, for a layer that wants its inputs as ``takes`` says; without ``residual``, x is the sum."""
+        if takes is None or len(x) <= takes.above or post is not None:
+            return (self(x), x) if residual is None else self.add(x, residual, post)
+        how = takes.kind, takes.group, takes.turned
         if residual is None:
-            if takes is None:
-                return self(x), x
-            return TokenCodes(*rms_norm_quantize(x, self.weight, self.eps, takes.kind, takes.group)), x
-        if takes is None or post is not None:
-            return self.add(x, residual, post)
-        *codes, total = add_rms_norm_quantize(x, residual, self.weight, self.eps, takes.kind, takes.group)
+            return TokenCodes(*rms_norm_quantize(x, self.weight, self.eps, *how)), x
+        *codes, total = add_rms_norm_quantize(x, residual, self.weight, self.eps, *how)
         return TokenCodes(*codes), total
 
 

@@ -30,10 +30,12 @@ class TokenCodes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CodesOf:
-    """How a layer wants its inputs quantised: the arguments of :func:`quantize_tokens`."""
+    """How a layer wants more than ``above`` tokens quantised: the arguments of :func:`quantize_tokens`."""
 
     kind: str
     group: int
+    turned: bool = False
+    above: int = 0
 
 
 @op
@@ -74,22 +76,24 @@ def quantize_static(x: Tensor, kind: str, scale: Tensor) -> Tensor:
 
 
 @op
-def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """``quantize_tokens(rms_norm(x, weight, eps), kind, group)`` for ``x [T, D]``."""
-    return quantize_tokens(rms_norm(x, weight, eps), kind, group)
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, group: int,
+                      turned: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``quantize_tokens(rms_norm(x, weight, eps), kind, group, turned)`` for ``x [T, D]``."""
+    return quantize_tokens(rms_norm(x, weight, eps), kind, group, turned)
 
 
 @op
-def add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str,
-                          group: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str, group: int,
+                          turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``s = x + residual``; returns the codes and scales of ``rms_norm(s, weight, eps)``, and s; all ``[T, ...]``."""
     normalised, total = add_rms_norm(x, residual, weight, eps)
-    return *quantize_tokens(normalised, kind, group), total
+    return *quantize_tokens(normalised, kind, group, turned), total
 
 
 @op
-def gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """``quantize_tokens(activation(gate) * up, kind, group)``.
+def gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str, group: int,
+                      turned: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``quantize_tokens(activation(gate) * up, kind, group, turned)``.
 
     Args:
         x: ``[T, 2 I]``: gate and up, one after the other or in turns of GATE_GROUP channels where ``interleaved``.
@@ -98,7 +102,7 @@ def gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str, 
     if interleaved:
         both = x.unflatten(-1, (-1, 2, GATE_GROUP))
         x = torch.cat((both[..., 0, :].flatten(-2), both[..., 1, :].flatten(-2)), -1)
-    return quantize_tokens(ACTIVATIONS[activation](x), kind, group)
+    return quantize_tokens(ACTIVATIONS[activation](x), kind, group, turned)
 
 
 def _codes(scaled: Tensor, kind: str) -> Tensor:

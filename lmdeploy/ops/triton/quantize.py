@@ -39,7 +39,7 @@ def _to_codes(scaled, type: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def _store_codes(values, row, codes, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-                 LARGEST: tl.constexpr, LEAST: tl.constexpr, TURNED: tl.constexpr = False):  # fmt: skip
+                 LARGEST: tl.constexpr, LEAST: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Quantise a row: ``values [BLOCK]`` float32, zero beyond SIZE."""
     at = tl.arange(0, BLOCK)
     type: tl.constexpr = codes.dtype.element_ty
@@ -95,7 +95,7 @@ def _static_kernel(
 def _norm_kernel(
     x, residual, weight, codes, scales, total, x_stride, residual_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
-    ADD: tl.constexpr, PDL: tl.constexpr,
+    TURNED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -111,13 +111,13 @@ def _norm_kernel(
         values = (values.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
         tl.store(total + row * SIZE + at, values, mask=there)
     result = normalised(values.to(tl.float32), factor, SIZE, eps).to(values.dtype)  # rounded, as a norm alone would
-    _store_codes(result.to(tl.float32), row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST)
+    _store_codes(result.to(tl.float32), row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST, TURNED)
 
 
 @triton.jit
 def _gated_kernel(
     x, codes, scales, x_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr,
-    LEAST: tl.constexpr, TURN: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, TURNED: tl.constexpr, TURN: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -132,7 +132,7 @@ def _gated_kernel(
     gate = tl.load(x + row * x_stride + first, mask=there, other=0.0)
     up = tl.load(x + row * x_stride + first + distance, mask=there, other=0.0)
     result = gated(gate.to(tl.float32), up.to(tl.float32), GATE).to(gate.dtype)
-    _store_codes(result.to(tl.float32), row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST)
+    _store_codes(result.to(tl.float32), row, codes, scales, SIZE, BLOCK, GROUP, LARGEST, LEAST, TURNED)
 
 
 def _warps(block: int) -> int:
@@ -149,7 +149,9 @@ def _least(kind: str) -> float:
     return INT8_EPS if kind == 'int8' else FLOAT8_FLOOR
 
 
-def _block(size: int, group: int) -> int:
+def _block(size: int, group: int, turned: bool = False) -> int:
+    if turned and size % 16:
+        raise ValueError(f'{size} channels are not whole groups of 16')
     if size > _WIDEST or group & group - 1:
         raise ValueError(f'rows of {size} channels in groups of {group} do not fit a program')
     return max(next_power_of_2(size), group)
@@ -166,11 +168,9 @@ def _refuse(case: OpCase) -> list[str]:
 @quantize_tokens.impl('cuda', when=_refuse)
 def triton_quantize_tokens(x: Tensor, kind: str, group: int, turned: bool = False) -> tuple[Tensor, Tensor]:
     rows, size = _rows(x), x.shape[-1]
-    if turned and size % 16:
-        raise ValueError(f'{size} channels are not whole groups of 16')
     codes, scales = _results(rows, size, kind, group)
     if len(rows):
-        block, pdl = _block(size, group), supports_pdl(x.device)
+        block, pdl = _block(size, group, turned), supports_pdl(x.device)
         _tokens_kernel[(len(rows),)](
             rows, codes, scales, rows.stride(0), SIZE=size, BLOCK=block, GROUP=group, LARGEST=LARGEST[kind],
             LEAST=_least(kind), TURNED=turned, PDL=pdl, num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
@@ -189,43 +189,44 @@ def triton_quantize_static(x: Tensor, kind: str, scale: Tensor) -> Tensor:
     return codes
 
 
-def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, kind: str,
-                 group: int) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, kind: str, group: int,
+                 turned: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     rows, size = _rows(x), x.shape[-1]
     before = None if residual is None else _rows(residual)
     codes, scales = _results(rows, size, kind, group)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(rows):
-        block, pdl = _block(size, group), supports_pdl(x.device)
+        block, pdl = _block(size, group, turned), supports_pdl(x.device)
         _norm_kernel[(len(rows),)](
             rows, before, weight, codes, scales, total, rows.stride(0), 0 if before is None else before.stride(0), eps,
-            SIZE=size, BLOCK=block, GROUP=group, LARGEST=LARGEST[kind], LEAST=_least(kind), ADD=residual is not None,
-            PDL=pdl, num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
+            SIZE=size, BLOCK=block, GROUP=group, LARGEST=LARGEST[kind], LEAST=_least(kind), TURNED=turned,
+            ADD=residual is not None, PDL=pdl, num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
     return codes, scales, total
 
 
 @rms_norm_quantize.impl('cuda', when=_refuse)
-def triton_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    return _launch_norm(x, None, weight, eps, kind, group)[:2]
+def triton_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, group: int,
+                             turned: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch_norm(x, None, weight, eps, kind, group, turned)[:2]
 
 
 @add_rms_norm_quantize.impl('cuda', when=_refuse)
-def triton_add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str,
-                                 group: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    codes, scales, total = _launch_norm(x, residual, weight, eps, kind, group)
+def triton_add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str, group: int,
+                                 turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    codes, scales, total = _launch_norm(x, residual, weight, eps, kind, group, turned)
     assert total is not None
     return codes, scales, total
 
 
 @gate_mul_quantize.impl('cuda', when=_refuse)
-def triton_gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str,
-                             group: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def triton_gate_mul_quantize(x: Tensor, activation: str, interleaved: bool, kind: str, group: int,
+                             turned: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, size = _rows(x), x.shape[-1] // 2
     codes, scales = _results(rows, size, kind, group)
     if len(rows):
-        block, pdl = _block(size, group), supports_pdl(x.device)
+        block, pdl = _block(size, group, turned), supports_pdl(x.device)
         _gated_kernel[(len(rows),)](
             rows, codes, scales, rows.stride(0), SIZE=size, BLOCK=block, GROUP=group, LARGEST=LARGEST[kind],
-            LEAST=_least(kind), TURN=GATE_GROUP if interleaved else 0, GATE=activation, PDL=pdl,
+            LEAST=_least(kind), TURNED=turned, TURN=GATE_GROUP if interleaved else 0, GATE=activation, PDL=pdl,
             num_warps=_warps(block), launch_pdl=pdl)  # fmt: skip
     return codes, scales

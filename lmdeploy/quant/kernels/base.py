@@ -91,7 +91,7 @@ class GatedTakesCodes(Protocol):
 
     def apply_codes(self, x: TokenCodes, packed: Any, activation: str, dtype: torch.dtype) -> Tensor: ...
 
-    def apply_to_codes(self, x: Tensor | TokenCodes, packed: Any, activation: str, dtype: torch.dtype,
+    def apply_to_codes(self, x: TokenCodes, packed: Any, activation: str, dtype: torch.dtype,
                        then: CodesOf) -> TokenCodes:  # fmt: skip
         """As ``apply``, the result rounded to ``dtype`` and quantised as ``then`` says."""
 

@@ -29,6 +29,9 @@ class Sorted:
     order: Tensor | None
     by_codes: bool
 
+    def takes(self) -> CodesOf | None:
+        return CodesOf('int8', 0, True, EXACT_ROWS) if self.by_codes and self.order is None else None
+
     def __call__(self, x: Tensor, activation: str, exact: bool) -> Tensor:
         x = x if self.order is None else x.index_select(-1, self.order)
         if self.by_codes and len(x) > EXACT_ROWS:
@@ -60,6 +63,12 @@ class PackedProduct:
     def rounds(self, case: KernelCase) -> bool:
         return False
 
+    def takes(self, packed: Sorted) -> CodesOf | None:
+        return packed.takes()
+
+    def apply_codes(self, x: TokenCodes, packed: Sorted, dtype: torch.dtype) -> Tensor:
+        return packed_codes_linear(*x, packed.weight, '', dtype)
+
 
 class PackedGatedProduct:
     """As :class:`PackedProduct`, the rows of gate and up interleaved and the activation in the product's epilogue.
@@ -83,6 +92,17 @@ class PackedGatedProduct:
         if len(packed) == 1:
             return packed[0](x, activation, False)
         return ACTIVATIONS[activation](torch.cat([one(x, '', False) for one in packed], -1))
+
+    def takes(self, packed: tuple[Sorted, ...]) -> CodesOf | None:
+        return packed[0].takes() if len(packed) == 1 else None
+
+    def apply_codes(self, x: TokenCodes, packed: tuple[Sorted, ...], activation: str, dtype: torch.dtype) -> Tensor:
+        return packed_codes_linear(*x, packed[0].weight, activation, dtype)
+
+    def apply_to_codes(self, x: TokenCodes, packed: tuple[Sorted, ...], activation: str, dtype: torch.dtype,
+                       then: CodesOf) -> TokenCodes:  # fmt: skip
+        both = packed_codes_linear(*x, replace(packed[0].weight, gated=False), '', dtype)
+        return TokenCodes(*gate_mul_quantize(both, activation, True, then.kind, then.group, then.turned))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +170,10 @@ class ScaledGatedProduct:
     def apply_codes(self, x: TokenCodes, packed: ScaledLayer, activation: str, dtype: torch.dtype) -> Tensor:
         return scaled_linear(*x, packed.weight, activation, dtype)
 
-    def apply_to_codes(self, x: Tensor | TokenCodes, packed: ScaledLayer, activation: str, dtype: torch.dtype,
+    def apply_to_codes(self, x: TokenCodes, packed: ScaledLayer, activation: str, dtype: torch.dtype,
                        then: CodesOf) -> TokenCodes:  # fmt: skip
-        x = x if isinstance(x, TokenCodes) else packed.codes(x)
         both = scaled_linear(*x, replace(packed.weight, gated=False), '', dtype)
-        return TokenCodes(*gate_mul_quantize(both, activation, True, then.kind, then.group))
+        return TokenCodes(*gate_mul_quantize(both, activation, True, then.kind, then.group, then.turned))
 
 
 def interleaved(gate: LinearBundle, up: LinearBundle) -> LinearBundle:

@@ -70,3 +70,16 @@ def test_behind_an_activation(activation, interleaved, device):
     for kind, group in KINDS[:4]:
         agree(kernels.triton_gate_mul_quantize(x, activation, interleaved, kind, group),
               ops.gate_mul_quantize.reference(x, activation, interleaved, kind, group))
+
+
+def test_in_the_order_of_packed_weights(device):
+    """All of them give the codes that they give otherwise."""
+    x, residual, weight = rows(3, 160, device), rows(3, 160, device, 1), rows(1, 160, device, 2)[0]
+    both = rows(3, 320, device)
+    for run in (lambda turned: kernels.triton_quantize_tokens(x, 'int8', 0, turned),
+                lambda turned: kernels.triton_rms_norm_quantize(x, weight, 1e-6, 'int8', 0, turned),
+                lambda turned: kernels.triton_add_rms_norm_quantize(x, residual, weight, 1e-6, 'int8', 0, turned),
+                lambda turned: kernels.triton_gate_mul_quantize(both, 'silu', True, 'int8', 0, turned)):
+        plain, turned = run(False), run(True)
+        assert torch.equal(ops.turn(plain[0]), turned[0]) and not torch.equal(plain[0], turned[0])
+        assert torch.equal(plain[1], turned[1])
