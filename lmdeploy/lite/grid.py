@@ -188,4 +188,4 @@ def bundle_of(codes: Tensor, levels: Levels, storage: Storage, bias: Tensor | No
     """The bundle that stores ``codes [in, out]``."""
     kept = codes.to(torch.int8 if storage.symmetric else torch.uint8)
     return LinearBundle(scheme_of(storage), codes.shape[1], codes.shape[0], codes=kept, scales=levels.scales,
-                        zeros=levels.zeros, bias=bias)  # fmt: skip
+                        zeros=levels.zeros, bias=bias, input_transform=storage.transform)  # fmt: skip

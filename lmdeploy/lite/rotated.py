@@ -13,6 +13,7 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.lite import gptq
 from lmdeploy.lite.grid import Grid, bundle_of
 from lmdeploy.lite.recipe import (
+    Block,
     Effort,
     Fitted,
     LayerWeights,
@@ -25,6 +26,7 @@ from lmdeploy.lite.recipe import (
     TopWeights,
 )
 from lmdeploy.lite.rotate import R2_SEED, SEED, orthogonal, rotate_stream, rotate_top, rotate_values
+from lmdeploy.lite.tune import tune
 from lmdeploy.models.spec import DecoderSpec
 from lmdeploy.quant.transform import transform
 
@@ -107,6 +109,13 @@ class GPTQ(Recipe):
                           for part in (made.loss, made.baseline))  # fmt: skip
         choices = {name: round(part, 3) for name, part in made.accepted.items()}
         return Fitted(bundles, SiteReport(loss, baseline, {**site.notes, **choices}))
+
+    def tune(self, block: Block) -> None:
+        if self.effort != 'high':
+            return
+        rest = tune(block)
+        for fitted in block.fitted.values():
+            fitted.report.choices['tuned'] = round(rest, 3)
 
 
 def block_name(width: int) -> str:
