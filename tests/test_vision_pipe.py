@@ -169,8 +169,8 @@ def test_detail_and_tiles_are_the_messages_to_choose(pipe):
 
 
 def test_what_is_wrong_with_a_picture_is_its_own_prompts_failure(pipe):
-    answers = pipe([('a', picture()), ('b', 'no/such.png'), ('c', b'garbage'), (IMAGE_TOKEN * 2, picture()), 'd', ('e', 7)],
-                   gen_config=SHORT)
+    answers = pipe([('a', picture()), ('b', 'no/such.png'), ('c', b'garbage'), (IMAGE_TOKEN * 2, picture()), 'd',
+                    ('e', 7)], gen_config=SHORT)
     codes = [answer.error_code for answer in answers]
     assert codes == [None, 'LMD-665', 'LMD-667', 'LMD-672', None, 'LMD-670']
     for bad, code in ((parts('x', {'type': 'video_url', 'video_url': 'x'}), 'LMD-674'),
