@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,8 +21,10 @@ from lmdeploy.config.model import ModelConfig
 from lmdeploy.lite.layer import Layers
 from lmdeploy.lite.recipe import ROLES, LayerWeights, LinearWeights, Recipe, SiteName
 from lmdeploy.lite.source import Source
+from lmdeploy.models.decoder import NOISE
 from lmdeploy.models.registry import decoder_spec
-from lmdeploy.ops.kv_codes import dequantise, hadamard, quantise
+from lmdeploy.nn.attention import SAMPLED
+from lmdeploy.ops.kv_codes import KeyBasis, dequantise, quantise
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
 from lmdeploy.quant.bundle import LinearBundle
@@ -47,13 +49,28 @@ class Model:
     embedding: Tensor
     norm: Tensor
     head: Tensor
+    bases: dict[int, KeyBasis] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class CachedLayers(Layers):
-    """Layers whose keys and values went through a cache of ``bits``."""
+    """Layers whose keys and values went through a cache of ``bits``; ``bases``: of their keys, by layer."""
 
     bits: int = 16
+    bases: dict[int, KeyBasis] = field(default_factory=dict)
+
+    def basis(self, layer: LayerWeights) -> KeyBasis:
+        """The axes of 4-bit keys, found as the engine finds them."""
+        if layer.index not in self.bases:
+            config, device = self.source.config, layer.norms['attention'].device
+            x = torch.randn(NOISE, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
+            x = rms_norm.reference(x, layer.norms['attention'], config.rms_norm_eps)
+            q, k = layer.linears['q'], layer.linears['k']
+            tables = self.ropes[0](torch.arange(NOISE, dtype=torch.int32, device=device) * 37 % SAMPLED)
+            turned = (rope.reference(values.view(NOISE, -1, config.head_dim), *tables)
+                      for values in (F.linear(x, q.weight, q.bias), F.linear(x, k.weight)))  # fmt: skip
+            self.bases[layer.index] = KeyBasis.of(*turned)
+        return self.bases[layer.index]
 
     def _attend(self, layer: LayerWeights, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config, (n, s) = self.source.config, q.shape[:2]
@@ -66,9 +83,12 @@ class CachedLayers(Layers):
         moved = rope.reference((k - offset).view(n, s, -1, dim), cos, sin)
         given = rope.reference(offset.expand(1, s, -1).view(1, s, -1, dim), cos, sin)
         if self.bits == 4:
-            moved = hadamard(moved)
-        moved = dequantise(*quantise(moved, self.bits), dim)
-        keys = (hadamard(moved) if self.bits == 4 else moved) + given
+            basis = self.basis(layer)
+            coded = dequantise(*quantise(torch.einsum('nskd,kde->nske', moved, basis.keys), 4), dim)
+            moved = torch.einsum('nske,kde->nskd', coded, basis.queries)
+        else:
+            moved = dequantise(*quantise(moved, self.bits), dim)
+        keys = moved + given
         values = dequantise(*quantise(v.view(n, s, -1, dim), self.bits), dim)
         queries = rope.reference(q.view(n, s, -1, dim), cos, sin)
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (queries, keys, values)), is_causal=True,
@@ -125,7 +145,7 @@ def load(folder: Path, device: torch.device) -> Model:
 def hidden(model: Model, ids: Tensor, bits: int = 16) -> Tensor:
     """``[n, length]`` token ids to ``[n, length, hidden]``, normalised; ``bits``: of the cache."""
     device = model.embedding.device
-    layers = CachedLayers(model.source, Layers.of(model.source, device).ropes, bits)
+    layers = CachedLayers(model.source, Layers.of(model.source, device).ropes, bits, model.bases)
     x = model.embedding[ids.to(device)]
     for layer, rounded in zip(model.layers, model.rounding):
 

@@ -170,7 +170,8 @@ def quantise(folder: Path, out: Path, make: Callable[[], Recipe], calibration: n
     work = WorkDir.open(out, key)
     sequences = [torch.from_numpy(row.astype(np.int64)) for row in calibration]
     width = source.config.hidden_size
-    streams = Streams(*(Hidden(sequences, width, 8, device, out / f'{name}.bin')
+    dtype = torch.float32 if device.type == 'cpu' else torch.bfloat16  # as the command line computes
+    streams = Streams(*(Hidden(sequences, width, 8, device, out / f'{name}.bin', dtype)
                         for name in ('quantised', 'exact')[: 1 + ('cross' in recipe.needs)]))  # fmt: skip
     Driver(source, recipe, work, streams, device).run()
     write_output(source, recipe, work, None)
@@ -184,7 +185,6 @@ def measure(root: Path, names: list[str], device: torch.device, samples: int, mo
     print('loaded', round(time.perf_counter() - began, 1), flush=True)
     wanted = [(text, i) for i in range(most) for text in HELD_OUT if i < min(most, len(texts.held_out[text]))]
     exact: dict[tuple[str, int], Tensor] = {}
-    times: dict[str, float] = {}
     for name in names:
         variant = VARIANTS[name]
         todo = [at for at in wanted if not results.done(name, *at)]
@@ -197,7 +197,10 @@ def measure(root: Path, names: list[str], device: torch.device, samples: int, mo
         folder = root / 'variants' / (variant.of or name)
         if variant.make is not None and not (folder / 'config.json').exists():
             quantise(root / 'model', folder, variant.make, texts.calibration[:samples], device)
-            times[name] = round(time.perf_counter() - started, 1)
+            took = round(time.perf_counter() - started, 1)
+            with open(root / 'times.jsonl', 'a') as file:
+                file.write(json.dumps([name, took]) + '\n')
+            print(f'{name}: quantised in {took} s', flush=True)
         other = load(folder, device) if variant.make is not None or variant.of else model
         for text, i in todo:
             ids = torch.from_numpy(texts.held_out[text][i].astype(np.int64))
@@ -206,9 +209,7 @@ def measure(root: Path, names: list[str], device: torch.device, samples: int, mo
             found = hidden(other, ids[None], variant.cache)[0]
             results.add(name, compare(text, i, ids, exact[text, i].to(device), found, model.head, other.head))
         del other
-        print(f'{name}: quantised in {times.get(name, 0)} s, all {time.perf_counter() - started:.1f} s', flush=True)
-        print(row(name, results), flush=True)
-    (root / 'times.json').write_text(json.dumps(times))
+        print(f'{name}: {time.perf_counter() - started:.1f} s; {row(name, results)}', flush=True)
 
 
 def row(name: str, results: Results) -> str:
@@ -231,11 +232,11 @@ def row(name: str, results: Results) -> str:
 def summary(root: Path) -> dict[str, object]:
     """Everything, for a file."""
     results, texts = Results(root / 'windows.jsonl'), Texts.load(root / 'texts')
-    prepared, times = root / 'prepared.json', root / 'times.json'
+    prepared, times = root / 'prepared.json', root / 'times.jsonl'
     return {
         'texts': texts.digests(),
         'prepared': json.loads(prepared.read_text()) if prepared.exists() else {},
-        'seconds': json.loads(times.read_text()) if times.exists() else {},
+        'seconds': dict(map(json.loads, times.read_text().splitlines())) if times.exists() else {},
         'variants': {name: {language: asdict(summarise(own)) for language in ('en', 'zh', 'code')
                             if (own := [w for w in results.of(name) if HELD_OUT[w.text][0] == language])}
                      for name in results.variants()}}  # fmt: skip
