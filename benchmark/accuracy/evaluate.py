@@ -21,9 +21,7 @@ from lmdeploy.config.model import ModelConfig
 from lmdeploy.lite.layer import Layers
 from lmdeploy.lite.recipe import ROLES, LayerWeights, LinearWeights, Recipe, SiteName
 from lmdeploy.lite.source import Source
-from lmdeploy.models.decoder import NOISE
 from lmdeploy.models.registry import decoder_spec
-from lmdeploy.nn.attention import SAMPLED
 from lmdeploy.ops.kv_codes import KeyBasis, dequantise, quantise
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
@@ -33,6 +31,7 @@ from lmdeploy.quant.transform import plain_weight
 from lmdeploy.weights.checkpoint import open_checkpoint
 
 ROWS = 512  # tokens whose logits exist at once
+NOISE, SAMPLED = 512, 4096  # made-up tokens and their positions, by which the engine chooses the axes of 4-bit keys
 
 
 @dataclass(slots=True)
