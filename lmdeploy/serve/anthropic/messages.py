@@ -98,7 +98,8 @@ class CountTokens:
         context.check_model(body.model)
         frontend = context.frontend()
         work = count_plan(body, context.limits, context.parser_names(frontend)).work
-        prepare = partial(frontend.prepare, work.prompt, work.gen, tools=work.tools,
+        prompt = await context.load_pictures(frontend, work.prompt)
+        prepare = partial(frontend.prepare, prompt, work.gen, tools=work.tools,
                           enable_thinking=work.enable_thinking, chat_template_kwargs=work.chat_template_kwargs)
         try:
             prepared = await asyncio.get_running_loop().run_in_executor(context.pool, prepare)
