@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmdeploy.attention.backend import AttentionCase, choose
 from lmdeploy.config.model import SLIDING
-from lmdeploy.kv.cache import KVCache, KVLayer, KVShape
+from lmdeploy.kv.cache import PAGE, KVCache, KVLayer, KVShape
 from lmdeploy.models.spec import DecoderSpec, Names
 from lmdeploy.nn.attention import Attention, AttentionShape
 from lmdeploy.nn.build import Build
@@ -28,7 +28,7 @@ from lmdeploy.quant.rows import take_outputs
 from lmdeploy.runner.batch import ForwardBatch
 from lmdeploy.weights.checkpoint import Prefix
 
-NOISE = 512  # made-up tokens by which the axes of keys are chosen
+SAMPLE = 256  # random tokens by which the axes of keys are chosen
 LARGEST_BASIS = 128  # channels of a head; what a GPU multiplies in one piece
 
 
@@ -131,12 +131,12 @@ class Decoder:
         self.embedding.load(body.child(names.embedding))
         for i, layer in enumerate(self.layers):
             layer.load(body.child(f'{names.layers}.{i}'), names)
-        self._prepare_codes()
         self.norm.load(body.child(names.final_norm))
         if self.config.tie_word_embeddings:
             self.head.tie(self.embedding)
         else:
             self.head.load(head)
+        self._prepare_codes()
 
     @property
     def ignore(self) -> tuple[str, ...]:
@@ -191,21 +191,18 @@ class Decoder:
         """Where the cache holds codes: what keys have in common stays out of them, and codes of 4 bits get their axes.
 
         Not where positions may have several rows: a score is corrected by the key's place in the cache alone. Axes are
-        found from noise in place of a residual stream, and so the same ones at every start.
+        found from a text of random tokens, and so the same ones at every start.
         """
         config, build = self.config, self.build
-        if not build.kv_bits:
+        if not build.kv_bits or any(rope.sections for rope in self.ropes):
             return
         turns = [Turns(rope.frequencies, rope.factor) for rope in self.ropes]
-        noise = torch.randn(NOISE, config.hidden_size, generator=torch.Generator().manual_seed(0))
-        noise = noise.to(build.device, build.dtype)
+        find = build.kv_bits == 4 and config.head_dim <= LARGEST_BASIS
         for layer, rope in zip(self.layers, self.layer_ropes):
-            if self.ropes[rope].sections:
-                continue
-            layer.attention.take_off_bias(turns[rope])
-            if build.kv_bits == 4 and config.head_dim <= LARGEST_BASIS:
-                x, _ = layer.attention_norm.for_layer(layer.attention.qkv.takes, noise)
-                layer.attention.find_basis(x, turns[rope])
+            layer.attention.prepare_codes(turns[rope], find)
+        if find:
+            self(random_batch(config.vocab_size, build.device), KVCache(self.kv_shape, -(-SAMPLE // PAGE), PAGE,
+                                                                        build.dtype, build.device))  # fmt: skip
 
     def _attention(self, window: int) -> Attention:
         spec, config = self.spec, self.config
@@ -215,6 +212,17 @@ class Decoder:
             qk_norm=spec.qk_norm, norm_plus_one=spec.norm_plus_one, eps=config.rms_norm_eps,
         )  # fmt: skip
         return Attention(self.build, shape, self.attention)
+
+
+def random_batch(vocab_size: int, device: torch.device) -> ForwardBatch:
+    """A prompt of SAMPLE tokens, always the same ones, in the blocks from 1 on; its last token gives logits."""
+    ids = torch.randint(vocab_size, (SAMPLE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    positions = torch.arange(SAMPLE, dtype=torch.int32, device=device)
+    last = torch.tensor([SAMPLE], dtype=torch.int32, device=device)
+    return ForwardBatch(
+        ids.to(device), positions, positions.long() + PAGE, torch.tensor([0, SAMPLE], dtype=torch.int32, device=device),
+        last, torch.arange(1, -(-SAMPLE // PAGE) + 1, dtype=torch.int32, device=device)[None], last.long() - 1, SAMPLE,
+        SAMPLE, [0, SAMPLE], [SAMPLE])  # fmt: skip
 
 
 def load_packed_qkv(attention: Attention, prefix: Prefix) -> None:

@@ -18,7 +18,7 @@ from lmdeploy.parallel.heads import channels, share_heads
 from lmdeploy.parallel.split import Split
 from lmdeploy.runner.batch import ForwardBatch
 
-SAMPLED = 4096  # positions that a choice of axes is for
+SPREAD = 8  # positions between the tokens by which axes are chosen: texts are longer than samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +65,37 @@ class Attention:
         self.whole, self.shape = shape, replace(shape, heads=len(own.queries), kv_heads=len(own.keys))
         self.offset: KeyOffset | None = None  # what the keys have in common, which the cache need not hold
         self.basis: KeyBasis | None = None  # their axes in codes of 4 bits
+        self._sampling: Turns | None = None  # the next call finds these axes
         self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if shape.qk_norm:
             q_norm, k_norm = (RMSNorm(build, shape.head_dim, shape.eps, shape.norm_plus_one) for _ in range(2))
             self.qk_norms = q_norm, k_norm
 
-    def take_off_bias(self, turns: Turns) -> None:
-        """Keep the bias of the keys, where there is one, out of a cache of codes; after the layer is loaded.
+    def prepare_codes(self, turns: Turns, find_basis: bool) -> None:
+        """For a cache of codes, when the layer is loaded: the bias of the keys, where there is one, stays out of them.
 
         A norm between projection and rotation leaves no constant part of it, and takes away what needs one.
+
+        Args:
+            find_basis: the next call, which must be a prompt like all others, also chooses the axes of the keys.
         """
         shape, bias = self.shape, self.qkv.added
-        if bias is None or self.qk_norms is not None:
-            return
-        begin = shape.heads * shape.head_dim
-        values = bias[begin : begin + shape.kv_heads * shape.head_dim].float().view(shape.kv_heads, shape.head_dim)
-        self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
+        if bias is not None and self.qk_norms is None:
+            begin = shape.heads * shape.head_dim
+            values = bias[begin : begin + shape.kv_heads * shape.head_dim].float().view(shape.kv_heads, shape.head_dim)
+            self.offset = KeyOffset(values.to(turns.frequencies.device), turns)
+        self._sampling = turns if find_basis else None
 
-    def find_basis(self, x: Tensor | TokenCodes, turns: Turns) -> None:
-        """Choose the axes of the keys by what the layer makes of ``x [n, hidden]``, inputs that stand for all others.
+    def _find_basis(self, qkv: Tensor, turns: Turns) -> None:
+        """Choose the axes by queries and keys ``qkv [n, all heads, D]``, at positions that are spread widely."""
+        positions = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device) * SPREAD
+        rotation = self._rotation(turns.tables(positions))
+        q, k, _ = rotation.split(qkv, self.shape.kv_heads)
+        self.basis, self._sampling = KeyBasis.of(q, k), None
 
-        The queries' own bias, whose direction most errors would add up along, is known without a sample of text.
-        """
-        shape = self.shape
-        qkv = self.qkv(x).view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        positions = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device) * 37 % SAMPLED
+    def _rotation(self, tables: tuple[Tensor, Tensor]) -> Rotation:
         q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
-        rotation = Rotation(*turns.tables(positions), q_weight, k_weight, shape.eps, self.offset)
-        q, k, _ = rotation.split(qkv, shape.kv_heads)
-        self.basis = KeyBasis.of(q, k)
+        return Rotation(*tables, q_weight, k_weight, self.shape.eps, self.offset, self.basis)
 
     def __call__(self, x: Tensor | TokenCodes, tables: tuple[Tensor, Tensor], layer: KVLayer,
                  batch: ForwardBatch, rows: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -102,8 +104,9 @@ class Attention:
         shape = self.shape
         qkv = self.qkv(x)
         qkv = qkv.view(qkv.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        q_weight, k_weight = (None, None) if self.qk_norms is None else (norm.weight for norm in self.qk_norms)
-        rotation = Rotation(*tables, q_weight, k_weight, shape.eps, self.offset, self.basis)
+        if self._sampling is not None:
+            self._find_basis(qkv, self._sampling)
+        rotation = self._rotation(tables)
         out = self.backend.run(qkv, rotation, layer, batch, shape.scale, shape.window)
         out = out.view(qkv.shape[0], -1)
         return self.o(out if rows is None else out[rows])
