@@ -85,6 +85,7 @@ def write_gguf(
     tied: bool = False,
     bias: bool = False,
     kind: str = 'F32',
+    kinds: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -92,6 +93,7 @@ def write_gguf(
 
     Args:
         kind: how matrices whose rows allow it are stored; the returned values are then the dequantised ones.
+        kinds: how those are stored instead whose name contains the key, as files of several types have it.
         extra: metadata to add or override; keys may start with ``arch.``, values None leave a key out.
     """
     import gguf
@@ -134,11 +136,12 @@ def write_gguf(
     for name, shape in hf_shapes(arch, tied, bias).items():
         value = to_gguf_layout(name, rng.standard_normal(shape, dtype=np.float32), arch)
         gguf_name = names.get_name(name, try_suffixes=('.weight', '.bias'))
-        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-        if len(shape) == 2 and shape[1] % block == 0:
-            stored = gguf.quants.quantize(value, gguf.GGMLQuantizationType[kind])
-            value = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])
-            writer.add_tensor(gguf_name, stored, raw_dtype=gguf.GGMLQuantizationType[kind])
+        chosen = next((other for part, other in (kinds or {}).items() if part in name), kind)
+        block_type = gguf.GGMLQuantizationType[chosen]
+        if len(shape) == 2 and shape[1] % gguf.GGML_QUANT_SIZES[block_type][0] == 0:
+            stored = gguf.quants.quantize(value, block_type)
+            value = gguf.quants.dequantize(stored, block_type)
+            writer.add_tensor(gguf_name, stored, raw_dtype=block_type)
         else:
             writer.add_tensor(gguf_name, value)
         tensors[name] = from_gguf_layout(name, value, arch)

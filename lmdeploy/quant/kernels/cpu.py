@@ -20,7 +20,7 @@ NO_DOT = 'needs instructions for products of 8-bit integers (VNNI)'
 class Int4:
     """Codes of up to 4 bits in groups, and GGUF blocks of such codes; of 2 and 3 bits they are kept in 4.
 
-    The numbers that scales and offsets stand for are rounded to bfloat16 (2^-9 of each), weights are not.
+    Scales and offsets are rounded to bfloat16 (by 2^-8 of each at most), and weights where many rows are multiplied.
     """
 
     name = 'cpu_int4'
