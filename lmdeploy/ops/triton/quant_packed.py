@@ -349,7 +349,10 @@ def default(bits: int, n: int, k: int, rows: int, processors: int) -> PackedConf
     """A configuration for a shape that was not measured: what was best, or nearly, for those that were."""
     tiles, steps = cdiv(n, 64), cdiv(k, WIDTH * CODES[bits])
     if rows > 64:
-        return PackedConfig(64, 128 if n >= 16384 else 64, 1, 3)
+        wide = n >= 16384
+        if rows > 128 and wide:
+            return PackedConfig(128, 256, 1, 3)
+        return PackedConfig(64, 128 if wide or rows > 128 else 64, 1, 3)
     split, most = 1, 8 if rows < 64 else 4
     while split < most and 2 * tiles * split < 9 * processors and steps >= 4 * split:
         split *= 2
