@@ -50,6 +50,9 @@ TITLES = {
     'proxy': ('The proxy', '代理'),
     'client': ('Clients of the server', '客户端'),
     'bench': ('Benchmarks', '基准测试'),
+    'vision': ('Models that read pictures', '读图模型'),
+    'media': ('Pictures in requests', '请求中的图片'),
+    'lite': ('Quantising a model', '模型量化'),
 }
 
 

@@ -147,6 +147,17 @@ FRAGMENTS: dict[str, str] = {
     '{name} {size} is not a multiple of {patch}': '{name} {size} 不是 {patch} 的倍数',
     'the tower has {layers} layers, but layer {layer} is asked for': '视觉塔有 {layers} 层，但要求第 {layer} 层',
     'preprocessor_config.json and the tower differ in {name}': 'preprocessor_config.json 与视觉塔的 {name} 不一致',
+    # quantising a model
+    'it holds no text files ({names})': '其中没有文本文件（{names}）',
+    'it has none of the fields {names}': '没有以下任何字段：{names}',
+    'a turn needs role and content, or from and value': '每一轮需要 role 与 content，或 from 与 value',
+    'the format of AWQ holds 4 bits; lite w2 and lite w3 have fewer, lite auto_gptq 8':
+        'AWQ 的格式只有 4 位；更少的位数见 lite w2 与 lite w3，8 位见 lite auto_gptq',
+    'possible are {names}, and 4 in the format awq': '可用：{names}；awq 格式只有 4',
+    'possible are {names}': '可用：{names}',
+    'it holds float8_e4m3fn only': '它只支持 float8_e4m3fn',
+    '{name} has {count} outputs, no multiple of 8': '{name} 有 {count} 个输出，不是 8 的倍数',
+    'it is no size such as 4.2GB': '它不是 4.2GB 这样的大小',
     # weight files
     'it is missing': '文件缺失',
     'it has {found} bytes (limit {most})': '共 {found} 字节（上限 {most}）',
