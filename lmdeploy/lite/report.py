@@ -132,7 +132,8 @@ def loads_in(storage: Storage, extra: bool) -> dict[str, str]:
                'yes' if storage.symmetric and storage.bits in (4, 8) else 'symmetric 4 and 8 bits only',
                'with gptqmodel'),
         PACK: ('yes' if storage.bits == 4 and not storage.activation else 'no', 'yes',
-               'yes' if storage.bits in (4, 8) and not storage.activation else 'no', 'yes'),
+               'yes' if storage.bits in (4, 8) and not storage.activation else 'no',
+               'yes' if storage.symmetric else 'symmetric only'),  # compressed-tensors 0.20 loses packed zero points
         INT: ('no', 'yes', 'yes', 'yes'),
         FLOAT: ('no', 'yes', 'yes', 'yes'),
         FP8: ('yes', 'yes', 'yes', 'yes'),
@@ -140,8 +141,8 @@ def loads_in(storage: Storage, extra: bool) -> dict[str, str]:
     }  # fmt: skip
     names = ('LMDeploy of InternLM', 'vLLM', 'SGLang', 'transformers')
     found = dict(zip(names, table[storage.format]))
-    if extra:
-        found |= {'LMDeploy of InternLM': 'no', 'SGLang': 'no'}
+    if extra or storage.transform:  # which others do not know or, worse, pass over in silence
+        found |= {'LMDeploy of InternLM': 'no', 'SGLang': 'no', 'transformers': 'no'}
     return {OURS: 'yes'} | found
 
 
