@@ -14,7 +14,6 @@ from pathlib import Path
 from lmdeploy.bench.breakdown import Breakdown, breakdown
 from lmdeploy.bench.device import DeviceFacts, measure_roof
 from lmdeploy.bench.measure import Measured, run
-from lmdeploy.bench.products import stored_bytes
 from lmdeploy.bench.report import Environment, Spread
 from lmdeploy.bench.roofline import ModelCost, Roof, decode_seconds, first_token_seconds, run_seconds
 from lmdeploy.bench.workload import Workload
@@ -22,6 +21,7 @@ from lmdeploy.config.engine import EngineConfig
 from lmdeploy.engine.core import EngineCore
 from lmdeploy.errors import ConfigError
 from lmdeploy.executor.choice import make_executor
+from lmdeploy.models.stored import bytes_per_weight
 from lmdeploy.runner.model_runner import choose_device
 
 WARM_REQUESTS, WARM_TOKENS = 8, 8
@@ -181,7 +181,7 @@ class Bench:
         numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # of a token
         cached = capacity.kv_bytes / ((capacity.num_blocks + 1) * capacity.block_size * numbers)
         itemsize = self.executor.dtype.itemsize
-        return ModelCost.of(config, weight_bytes=stored_bytes(config, itemsize), kv_bytes=cached,
+        return ModelCost.of(config, weight_bytes=bytes_per_weight(config, self.executor.dtype), kv_bytes=cached,
                             head_bytes=1 if self.config.head else itemsize)
 
     def _report(self, name: str, load: Workload, seed: int, concurrency: int, found: list[Round], cost: ModelCost,

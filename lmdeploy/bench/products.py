@@ -10,10 +10,7 @@ from torch import Tensor
 from lmdeploy.bench.device import Call
 from lmdeploy.bench.probes import Bench, Probe
 from lmdeploy.bench.shapes import QUANTISED
-from lmdeploy.config.model import ModelConfig
 from lmdeploy.config.quantization import read_quantization
-from lmdeploy.models.registry import decoder_spec
-from lmdeploy.models.shapes import tensor_shapes
 from lmdeploy.ops.quantize import TYPES
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.formats.base import scheme_of
@@ -92,18 +89,3 @@ def _gated(bench: Bench, scheme: QuantScheme, quant: str, hidden: int, inner: in
 
     return Probe(f'linear gate_up {quant}'.rstrip(), f'[{bench.rows}, {hidden}] x [{hidden}, 2 x {inner}]', kernel.name,
                  bench.calls(nbytes, make), nbytes, flops, scheme.activation)
-
-
-def stored_bytes(config: ModelConfig, itemsize: int) -> float:
-    """Bytes of one weight of the layers' matrices as it is stored, on average; dense ones take ``itemsize``."""
-    spec = decoder_spec(config)
-    sizes, total = 0, 0.0
-    for name, shape in tensor_shapes(spec).items():
-        layer = name.removesuffix('.weight')
-        if len(shape) != 2 or f'.{spec.names.layers}.' not in f'.{name}':
-            continue
-        storage = None if config.quantization is None else config.quantization.storage(layer)
-        size = shape[0] * shape[1]
-        sizes += size
-        total += size * (itemsize if storage is None else scheme_of(storage).weight_bits / 8)
-    return total / sizes

@@ -69,12 +69,14 @@ def measure(device: torch.device) -> Room:
 
 
 def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, room: Room, *,
-                weights: int | None = None, workspace: int | None = None, group: Group = ALONE) -> MemoryPlan:
+                weights: int | None = None, workspace: int | None = None, stored: float | None = None,
+                group: Group = ALONE) -> MemoryPlan:  # fmt: skip
     """Share out ``room``.
 
     Args:
         group: the ranks that share the model; on a CPU they share the room as well.
         weights: bytes that the weights will still take; None: what the model's shape says.
+        stored: bytes of one weight of the layers, on average; None: they are dense.
         workspace: bytes that will be needed beside weights and cache; None: what the sizes say.
 
     Raises:
@@ -91,7 +93,7 @@ def plan_memory(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, ro
     keys = share_heads(model.num_heads, model.num_kv_heads, group.rank, group.size).keys
     shape = KVShape(model.num_layers, len(keys), model.head_dim)
     plan = MemoryPlan(
-        weights=weight_bytes(model, itemsize, room.on_cpu) // group.size if weights is None else weights,
+        weights=weight_bytes(model, itemsize, room.on_cpu, stored) // group.size if weights is None else weights,
         workspace=_workspace(engine, model, itemsize, batch, step, room) if workspace is None else workspace,
         block=shape.bytes_per_block(engine.block_size, format_of(engine.quant_policy, dtype)),
         num_blocks=0,
@@ -158,14 +160,18 @@ def agree(plan: MemoryPlan, group: Group) -> MemoryPlan:
     return replace(plan, num_blocks=least[0], session_len=least[1], max_batch_size=least[2], max_step_tokens=least[3])
 
 
-def weight_bytes(model: ModelConfig, itemsize: int, packed: bool) -> int:
-    """Bytes of the dense weights. ``packed`` kernels keep a tied head beside the embedding, in their own layout."""
+def weight_bytes(model: ModelConfig, itemsize: int, packed: bool, stored: float | None = None) -> int:
+    """Bytes of the weights. ``packed`` kernels keep a tied head beside the embedding, in their own layout.
+
+    ``stored``: those of one weight of the layers' matrices, where they are not dense.
+    """
     hidden, heads, kv_heads, dim = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim
     attention = hidden * dim * (2 * heads + 2 * kv_heads) + dim * (heads + 2 * kv_heads) + hidden
     mlp = 3 * hidden * model.intermediate_size
     layer = attention + mlp + 4 * hidden + 2 * dim  # norms
     ends = model.vocab_size * hidden * (1 if model.tie_word_embeddings and not packed else 2)
-    return (model.num_layers * layer + ends + hidden) * itemsize
+    saved = 0 if stored is None else int(model.num_layers * (attention + mlp) * (itemsize - stored))
+    return (model.num_layers * layer + ends + hidden) * itemsize - saved
 
 
 def workspace_bytes(model: ModelConfig, itemsize: int, batch: int, step_tokens: int) -> int:

@@ -26,6 +26,7 @@ from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
 from lmdeploy.models.shapes import tensor_shapes
+from lmdeploy.models.stored import bytes_per_weight
 from lmdeploy.models.vision.encoder import build_encoder
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
@@ -279,7 +280,8 @@ class ModelRunner:
         self.dtype = choose_dtype(engine.dtype, self.device, config.dtype_name)
         self.threads = limit_threads()
         room = self._without_pictures(measure(self.device), checkpoint, config)
-        self.plan = agree(plan_memory(engine, config, self.dtype, room, group=self.group), self.group)
+        stored = bytes_per_weight(config, self.dtype, self.device)
+        self.plan = agree(plan_memory(engine, config, self.dtype, room, stored=stored, group=self.group), self.group)
         if self.plan.session_len != (engine.session_len or config.context_len):
             get_logger().warning(
                 'session_len is %d: the KV cache does not hold the %d tokens that the model could read',

@@ -10,12 +10,13 @@ import torch
 from lmdeploy.bench import probes
 from lmdeploy.bench.device import measure_roof, seconds_per_call
 from lmdeploy.bench.kernels import measure
-from lmdeploy.bench.products import products, stored_bytes
+from lmdeploy.bench.products import products
 from lmdeploy.bench.roofline import Roof
 from lmdeploy.bench.shapes import QUANTISED
 from lmdeploy.config.model import ModelConfig
 from lmdeploy.config.quantization import read_quantization
 from lmdeploy.extend import op_names
+from lmdeploy.models.stored import bytes_per_weight
 from lmdeploy.ops.table import registered
 
 CPU = torch.device('cpu')
@@ -70,10 +71,12 @@ def test_products_of_quantised_weights(quant):
 
 
 def test_bytes_of_stored_weights():
-    assert stored_bytes(CONFIG, 2) == 2
+    assert bytes_per_weight(CONFIG, torch.bfloat16) == 2
     eight, four = (replace(CONFIG, quantization=read_quantization({'quantization_config': QUANTISED[name]}))
                    for name in ('fp8', 'w4a16'))
-    assert stored_bytes(eight, 2) == 1 and stored_bytes(four, 2) == (4 + (16 + 4) / 128) / 8
+    assert bytes_per_weight(eight, torch.bfloat16) == 1
+    assert bytes_per_weight(four, torch.float32) == (4 + (16 + 4) / 128) / 8
+    assert bytes_per_weight(four, torch.float32, CPU) == 4  # there it is dequantised
 
 
 def test_attention_counts_the_pairs_that_are_seen():

@@ -113,3 +113,11 @@ def test_a_measured_step_replaces_the_estimate():
     room = Room(20 * GIB, 24 * GIB, on_cpu=False)
     found = plan_memory(EngineConfig(), MODEL, torch.bfloat16, room, weights=0, workspace=3 * GIB)
     assert found.workspace == 3 * GIB and found.cache <= 0.8 * 17 * GIB < found.cache + 2 * found.block
+
+
+def test_weights_that_are_stored_in_fewer_bytes_need_less():
+    dense = weight_bytes(MODEL, 2, packed=False)
+    assert weight_bytes(MODEL, 2, False, 2.0) == dense
+    half = weight_bytes(MODEL, 2, False, 1.0)
+    layers = 2 * (dense - half)  # of which half are saved
+    assert weight_bytes(MODEL, 2, False, 0.5) == dense - layers * 3 // 4 and 0 < layers < dense
