@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument('--concurrency', default='1,16')
     parser.add_argument('--rounds', type=int, default=1, help='requests: so many times the concurrency')
     parser.add_argument('--answer', type=int, default=64)
+    parser.add_argument('--max-step-tokens', type=int, help='prompt tokens of a step, as max_prefill_token_num')
+    parser.add_argument('--only-pace', action='store_true', help='no rates: the pace of text alone')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='bfloat16')
     args = parser.parse_args()
@@ -152,7 +154,8 @@ def main() -> None:
     processor = build_processor(read_vision(values, read_preprocessor(path)))
     counts, widths = ([int(n) for n in given.split(',')] for given in (args.pictures, args.concurrency))
     config = EngineConfig(load_format='dummy', device=args.device, dtype=args.dtype, session_len=20000,
-                          runner='graph' if args.device == 'cuda' else 'eager', max_batch_size=64)  # fmt: skip
+                          runner='graph' if args.device == 'cuda' else 'eager', max_batch_size=64,
+                          max_step_tokens=args.max_step_tokens)  # fmt: skip
     begin = time.perf_counter()
     executor = LocalExecutor(config, path)
     capacity = executor.start()
@@ -177,7 +180,7 @@ def main() -> None:
 
     closed_loop(core, [request(f'warm{i}', [fresh(pool[0])], vocab, 4, i) for i in range(2)], 2)
     clock.take()
-    for count in counts:
+    for count in counts if not args.only_pace else []:
         for width in widths:
             requests = [
                 request(f'{count}.{width}.{i}', [fresh(pool[(i + j) % len(pool)]) for j in range(count)], vocab,
