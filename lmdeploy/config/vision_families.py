@@ -67,9 +67,11 @@ def internvl(architecture: str, top: Fields, vision: Fields, pictures: Fields) -
         shuffle, thumbnail, layer = 'v2', True, top.whole('vision_feature_layer', -1024, 1024, -1)
         least = pictures.whole('min_patches', 1, MAX_TILES, 1)
         most = pictures.whole('max_patches', least, MAX_TILES, max(12, least))
+        _same_size(_edge(pictures, 'size', pictures.raw('size'), image), image)
     # the original code has its own constants; its preprocessor_config.json belongs to the tower alone
     mean, std = IMAGENET if original else _moments(pictures, IMAGENET)
-    picture = PictureConfig('internvl', mean, std, min_tiles=least, max_tiles=most, thumbnail=thumbnail,
+    resample = BICUBIC if original else pictures.whole('resample', 0, 5, BICUBIC)
+    picture = PictureConfig('internvl', mean, std, resample, min_tiles=least, max_tiles=most, thumbnail=thumbnail,
                             grid_order='set' if original else 'width')
     return VisionModelConfig(
         architecture, tower, picture, _language_size(top), _layer(top, layer, tower.num_layers), drop_first=True,
@@ -109,8 +111,8 @@ def _llava_picture(architecture: str, top: Fields, image: int, clip: bool, pictu
     size, crop = pictures.raw('size'), pictures.raw('crop_size')
     edge = _edge(pictures, 'size', size, image)
     cropped = _edge(pictures, 'crop_size', crop, image) if pictures.flag('do_center_crop', clip) else image
-    if cropped != image or not image <= edge <= 4 * image:
-        raise ConfigError('LMD-114', reason=f'pictures are cropped to {cropped} pixels, but the tower takes {image}')
+    _same_size(cropped, image)
+    _same_size(edge if not image <= edge <= 4 * image else image, image)
     _among(pictures, 'do_pad', pictures.flag('do_pad', architecture == LLAVA_NEXT), (architecture == LLAVA_NEXT,))
     if architecture == LLAVA:
         tiling: Tiling = 'crop' if clip else 'squash'
@@ -222,6 +224,11 @@ def _edge(fields: Fields, name: str, value: Any, default: int) -> int:
     if type(value) is not int or not 0 < value <= 1 << 14:
         raise fields.bad(name, 'a length in pixels')
     return value
+
+
+def _same_size(found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ConfigError('LMD-114', reason=f'pictures are cropped to {found} pixels, but the tower takes {wanted}')
 
 
 def _moments(pictures: Fields, usual: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:

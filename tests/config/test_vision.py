@@ -138,6 +138,7 @@ def test_folders(tmp_path):
     (changed(INTERN_HF, vision_config__image_size=[448, 224]), {}, 'LMD-113', 'image_size'),
     (changed(INTERN_HF, vision_config__use_mean_pooling=False), {}, 'LMD-115', 'use_mean_pooling'),
     (INTERN_HF, {'do_normalize': False}, 'LMD-115', 'do_normalize'),
+    (INTERN_HF, {'size': {'height': 224, 'width': 224}}, 'LMD-114', '224'),
     (INTERN_HF, {'rescale_factor': 0.5}, 'LMD-113', 'rescale_factor'),
     (changed(LLAVA, vision_config__model_type='dinov2'), {}, 'LMD-115', 'dinov2'),
     (changed(LLAVA, vision_feature_layer=[-2, -5]), {}, 'LMD-113', 'vision_feature_layer'),
