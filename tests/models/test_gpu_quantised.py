@@ -81,7 +81,7 @@ def logits(model: CausalLM, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize('kv_bits', CACHE, ids=lambda bits: f'kv{bits or 16}')
 @pytest.mark.parametrize('name', FORMATS)
 def test_logits(name, kv_bits, tmp_path):
-    source = make_tiny('LlamaForCausalLM', tmp_path / 'dense', **SHAPE)
+    source = make_tiny('LlamaForCausalLM', tmp_path / 'source', **SHAPE)
     folder, _ = write_pair(source, tmp_path, FORMATS[name])
     wanted = logits(load(folder, Build(torch.float32, kv_bits=kv_bits)), torch.float32)
     model = load(folder, Build(torch.bfloat16, torch.device('cuda'), kv_bits=kv_bits))
