@@ -184,7 +184,8 @@ def places(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str
 
 @pytest.mark.parametrize('config', [INTERN, INTERN_HF, LLAVA, NEXT, QWEN], ids=lambda c: c['architectures'][0])
 def test_any_value_of_any_field_is_read_or_refused(config):
-    pictures = {'size': {'shortest_edge': 336}, 'crop_size': {'height': 336, 'width': 336}, 'image_mean': [0.5] * 3,
+    size = 448 if 'InternVL' in config['architectures'][0] else 336
+    pictures = {'size': {'shortest_edge': size}, 'crop_size': {'height': 336, 'width': 336}, 'image_mean': [0.5] * 3,
                 'image_std': [0.5] * 3, 'resample': 3, 'do_rescale': True, 'rescale_factor': 1 / 255}  # fmt: skip
     if config is QWEN:
         pictures = {'size': {'shortest_edge': 3136, 'longest_edge': 10**6}, 'min_pixels': 3136, 'max_pixels': 10**6,
