@@ -58,7 +58,7 @@ FORMATS: dict[str, Model] = {
     **{name: MODELS[name] for name in ('gptq-3', 'int8', 'int8-static', 'float8', 'float8-weights', 'smooth-int8',
                                        'smooth-fp8')},
 }  # fmt: skip
-INPUTS = {'': 0.0, 'int8': 2e-2, 'float8_e4m3fn': 8e-2}  # where codes of inputs fall otherwise
+INPUTS = {'': 0.0, 'int8': 3e-2, 'float8_e4m3fn': 8e-2}  # where codes of inputs fall otherwise
 CACHE = {0: 0.0, 8: 1e-2, 4: 1e-1}  # the same of keys and values
 
 
