@@ -36,6 +36,7 @@ from lmdeploy.ops.triton.launch import (
 )
 
 MOST_FEW = 64
+CUBLAS_ROWS = 512  # of float8 with one scale a token and a channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,12 @@ def triton_scaled_linear(codes: Tensor, scales: Tensor, weight: ScaledWeight, ac
         if m:
             few_gemm(codes, scales, weight, choose_few(codes.device, kind, n, k, m), out, activation, pdl)
         return out
+    whole = codes.dtype is torch.float8_e4m3fn and not weight.group and not n % 16
+    if whole and m >= CUBLAS_ROWS and dtype is torch.bfloat16:
+        out = torch._scaled_mm(codes, weight.codes.t(), scale_a=scales.contiguous(), scale_b=weight.scales,
+                               out_dtype=dtype, use_fast_accum=True)  # fmt: skip
+        out = out if weight.bias is None else out.add_(weight.bias)
+        return gate_mul(out, activation, GATE_GROUP) if weight.gated else out
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     config = choose_many(kind, n, k, min(4096, next_power_of_2(m))) if dtype.itemsize == 2 else SMALL
     many_gemm(codes, scales, weight, config, out, pdl)
