@@ -22,6 +22,7 @@ from lmdeploy.lite.layer import Layers
 from lmdeploy.lite.recipe import ROLES, LayerWeights, LinearWeights, Recipe, SiteName
 from lmdeploy.lite.source import Source
 from lmdeploy.models.registry import decoder_spec
+from lmdeploy.nn.rotary import Rotary
 from lmdeploy.ops.kv_codes import KeyBasis, dequantise, quantise
 from lmdeploy.ops.norm import rms_norm
 from lmdeploy.ops.rope import rope
@@ -31,7 +32,7 @@ from lmdeploy.quant.transform import plain_weight
 from lmdeploy.weights.checkpoint import open_checkpoint
 
 ROWS = 512  # tokens whose logits exist at once
-NOISE, SAMPLED = 512, 4096  # made-up tokens and their positions, by which the engine chooses the axes of 4-bit keys
+SAMPLE, SPREAD = 256, 8  # random tokens by which the engine chooses the axes of 4-bit keys; steps of their positions
 
 
 @dataclass(slots=True)
@@ -57,39 +58,31 @@ class CachedLayers(Layers):
 
     bits: int = 16
     bases: dict[int, KeyBasis] = field(default_factory=dict)
-
-    def basis(self, layer: LayerWeights) -> KeyBasis:
-        """The axes of 4-bit keys, found as the engine finds them."""
-        if layer.index not in self.bases:
-            config, device = self.source.config, layer.norms['attention'].device
-            x = torch.randn(NOISE, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
-            x = rms_norm.reference(x, layer.norms['attention'], config.rms_norm_eps)
-            q, k = layer.linears['q'], layer.linears['k']
-            tables = self.ropes[0](torch.arange(NOISE, dtype=torch.int32, device=device) * 37 % SAMPLED)
-            turned = (rope.reference(values.view(NOISE, -1, config.head_dim), *tables)
-                      for values in (F.linear(x, q.weight, q.bias), F.linear(x, k.weight)))  # fmt: skip
-            self.bases[layer.index] = KeyBasis.of(*turned)
-        return self.bases[layer.index]
+    finding: bool = False  # the bases, by what comes
 
     def _attend(self, layer: LayerWeights, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config, (n, s) = self.source.config, q.shape[:2]
-        if self.bits == 16:
+        if self.bits == 16 and not self.finding:
             return super(CachedLayers, self)._attend(layer, q, k, v)
         bias = layer.linears['k'].bias
         offset = torch.zeros_like(k[0, 0]) if bias is None else bias
         dim = config.head_dim
-        cos, sin = self.ropes[0](torch.arange(s, dtype=torch.int32, device=k.device))
+        positions = torch.arange(s, dtype=torch.int32, device=k.device) * (SPREAD if self.finding else 1)
+        cos, sin = self.ropes[0](positions)
         moved = rope.reference((k - offset).view(n, s, -1, dim), cos, sin)
         given = rope.reference(offset.expand(1, s, -1).view(1, s, -1, dim), cos, sin)
+        queries = rope.reference(q.view(n, s, -1, dim), cos, sin)
+        if self.finding:
+            self.bases[layer.index] = KeyBasis.of(queries[0], moved[0])
+            return super(CachedLayers, self)._attend(layer, q, k, v)
         if self.bits == 4:
-            basis = self.basis(layer)
+            basis = self.bases[layer.index]
             coded = dequantise(*quantise(torch.einsum('nskd,kde->nske', moved, basis.keys), 4), dim)
             moved = torch.einsum('nske,kde->nskd', coded, basis.queries)
         else:
             moved = dequantise(*quantise(moved, self.bits), dim)
         keys = moved + given
         values = dequantise(*quantise(v.view(n, s, -1, dim), self.bits), dim)
-        queries = rope.reference(q.view(n, s, -1, dim), cos, sin)
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (queries, keys, values)), is_causal=True,
                                              scale=config.attention_scalar**-0.5, enable_gqa=True)  # fmt: skip
         return out.transpose(1, 2).reshape(n, s, -1)
@@ -143,9 +136,18 @@ def load(folder: Path, device: torch.device) -> Model:
 @torch.no_grad()
 def hidden(model: Model, ids: Tensor, bits: int = 16) -> Tensor:
     """``[n, length]`` token ids to ``[n, length, hidden]``, normalised; ``bits``: of the cache."""
-    device = model.embedding.device
-    layers = CachedLayers(model.source, Layers.of(model.source, device).ropes, bits, model.bases)
-    x = model.embedding[ids.to(device)]
+    if bits == 4 and not model.bases:
+        found = torch.randint(len(model.embedding), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        _forward(model, found[None], CachedLayers(model.source, _ropes(model), 16, model.bases, finding=True))
+    return _forward(model, ids, CachedLayers(model.source, _ropes(model), bits, model.bases))
+
+
+def _ropes(model: Model) -> tuple[Rotary, Rotary]:
+    return Layers.of(model.source, model.embedding.device).ropes
+
+
+def _forward(model: Model, ids: Tensor, layers: CachedLayers) -> Tensor:
+    x = model.embedding[ids.to(model.embedding.device)] * model.source.spec.embedding_scale
     for layer, rounded in zip(model.layers, model.rounding):
 
         def visit(site: SiteName, values: Tensor, rounded: dict[SiteName, LinearBundle] = rounded) -> Tensor:
