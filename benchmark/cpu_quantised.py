@@ -117,8 +117,9 @@ def main() -> None:
             print(report, flush=True)
         bench.close()
     if args.json:
-        args.json.write_text(json.dumps({'model': args.model, 'threads': args.threads, 'clock': args.clock,
-                                         'torch': torch.__version__, 'figures': [asdict(one) for one in figures]}, indent=1))  # fmt: skip
+        found = {'model': args.model, 'threads': args.threads, 'clock': args.clock, 'torch': torch.__version__,
+                 'figures': [asdict(one) for one in figures]}  # fmt: skip
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':
