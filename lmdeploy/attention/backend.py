@@ -23,6 +23,7 @@ class AttentionCase:
     Attributes:
         windows: the distinct sliding windows of its layers; 0 is a full layer.
         bits: of the codes that the cache holds; 0: it holds numbers.
+        offset: something is taken off the keys before they become codes.
     """
 
     heads: int
@@ -30,6 +31,7 @@ class AttentionCase:
     head_dim: int
     windows: tuple[int, ...] = (0,)
     bits: int = 0
+    offset: bool = False
 
 
 @dataclass(frozen=True, slots=True)

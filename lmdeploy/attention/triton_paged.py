@@ -75,8 +75,9 @@ class TritonPaged:
                 decodes[window] = decode.plan_decode(batch.kv_lens[:decoding], batch.query_start, batch.table_rows,
                                                      case.kv_heads, window, config.per_sm * processors, config)
         if others:
+            launch = prefill.config_of(dim, size, case.bits, case.offset)
             prompts = prefill.plan_prefill(batch.query_start, batch.kv_lens, batch.table_rows, decoding, others,
-                                           batch.num_tokens - decoding, group, prefill.config_of(dim, size))
+                                           batch.num_tokens - decoding, group, launch)
         return Division(decodes, prompts, workspace)
 
     def run(self, qkv: Tensor, rotation: Rotation, layer: KVLayer, batch: ForwardBatch, scale: float,

@@ -7,6 +7,7 @@ calls: everything about a step comes in the batch, everything about the past lie
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -200,6 +201,7 @@ class Decoder:
         find = build.kv_bits == 4 and config.head_dim <= LARGEST_BASIS
         for layer, rope in zip(self.layers, self.layer_ropes):
             layer.attention.prepare_codes(turns[rope], find)
+        self.case = replace(self.case, offset=any(layer.attention.offset is not None for layer in self.layers))
         if find:
             self(random_batch(config.vocab_size, build.device), KVCache(self.kv_shape, -(-SAMPLE // PAGE), PAGE,
                                                                         build.dtype, build.device))  # fmt: skip

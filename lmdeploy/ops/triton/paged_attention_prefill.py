@@ -32,8 +32,13 @@ class PrefillConfig:
     tma: bool = True
 
 
-def config_of(dim: int, size: int) -> PrefillConfig:
-    """The launch parameters for heads of ``dim`` channels of ``size`` bytes, as measured on an H200."""
+def config_of(dim: int, size: int, bits: int = 0, offset: bool = False) -> PrefillConfig:
+    """The launch parameters for heads of ``dim`` channels of ``size`` bytes, as measured on an H200, or of codes.
+
+    Codes are unpacked once for all rows of a tile; an ``offset`` of the keys takes registers that wide heads need.
+    """
+    if bits:
+        return PrefillConfig(64 if offset or dim > 128 else 128, 8, 3)
     if size == 4:
         return PrefillConfig(64 if dim <= 128 else 32, 4, 3)
     return PrefillConfig(64, 4, 5) if dim <= 128 else PrefillConfig(128, 8, 3)
