@@ -1,7 +1,7 @@
 """Synthetic scenes with questions and answers: coloured shapes or a digit on a plain ground.
 
 Everything follows from a seed. ``draw`` makes scenes, ``render`` their pictures on any device, ``questions`` what may
-be asked of one. ``python examples/shapes_scenes.py OUT [COUNT] [SEED]`` writes some as PNG files.
+be asked of one. ``python examples/shapes_scenes.py [OUT] [COUNT] [SEED]`` writes some as PNG files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE, CELLS = 224, 8  # pixels; cells of the dense labels per side
+SIDE, CELLS = 112, 4  # pixels; cells of the dense labels per side
 COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (40, 80, 220), 'yellow': (242, 212, 40),
            'orange': (245, 140, 30), 'purple': (140, 60, 180), 'pink': (250, 150, 190),
            'black': (20, 20, 20)}  # fmt: skip
@@ -81,16 +81,16 @@ def draw(seed: int, count: int) -> Scenes:
     """``count`` scenes: one thing in half of them, a digit in some; several things lie in places of their own."""
     rng = np.random.default_rng(seed)
     number = rng.choice([1, 2, 3, 4], count, p=[0.55, 0.22, 0.13, 0.10])
-    digit = rng.random(count) < 0.15
+    digit = rng.random(count) < 0.12
     number[digit] = 1
     kind = rng.integers(0, len(SHAPES), (count, 4))
     kind[digit] = rng.integers(len(SHAPES), len(KINDS), (digit.sum(), 4))
     kind[np.arange(4)[None] >= number[:, None]] = -1
     place = rng.permuted(np.tile(np.arange(9), (count, 1)), axis=1)[:, :4]
     alone = number == 1
-    size = rng.uniform(0.09, 0.15, (count, 4))
-    size[alone] = rng.uniform(0.10, 0.42, (alone.sum(), 4))
-    roam = np.clip(0.14 - (size - 0.10) / 3, 0.0, 0.05) * rng.uniform(-1, 1, (2, count, 4))
+    size = rng.uniform(0.12, 0.16, (count, 4))
+    size[alone] = rng.uniform(0.15, 0.42, (alone.sum(), 4))
+    roam = np.clip(0.14 - (size - 0.10) / 3, 0.0, 0.03) * rng.uniform(-1, 1, (2, count, 4))
     x = (place % 3 + 0.5) / 3 + roam[0]
     y = (place // 3 + 0.5) / 3 + roam[1]
     x, y = np.clip(x, size + 0.02, 0.98 - size), np.clip(y, size + 0.02, 0.98 - size)
@@ -116,28 +116,33 @@ def render(scenes: Scenes, device: torch.device | str = 'cpu') -> tuple[Tensor, 
 
     count = len(scenes.kind)
     axis = (torch.arange(SIDE, device=device) + 0.5) / SIDE
+    row, slot = np.nonzero(scenes.kind >= 0)
+    kinds = scenes.kind[row, slot]
+    order = np.argsort(kinds, kind='stable')  # things of one kind are drawn together
+    row, slot, kinds = row[order], slot[order], kinds[order]
+    x, y, size, stretch, turn = (on(values[row, slot])[:, None, None] for values in (
+        scenes.x, scenes.y, scenes.size, scenes.stretch, scenes.turn))
+    dx, dy = axis[None, None, :] - x, axis[None, :, None] - y
+    u = (dx * turn.cos() + dy * turn.sin()) / (size * stretch.sqrt())
+    v = (dy * turn.cos() - dx * turn.sin()) / (size / stretch.sqrt())
+    found, starts = np.unique(kinds, return_index=True)
+    ends = [*starts[1:].tolist(), len(kinds)]
+    inside = torch.cat([-distance(int(kind), u[start:end], v[start:end])
+                        for kind, start, end in zip(found, starts.tolist(), ends)])
+    cover = (inside * size * SIDE + 0.5).clamp(0, 1)
+    shade = on(scenes.shade[row, slot])[:, :, None, None]
     picture = on(scenes.ground)[:, :, None, None].expand(-1, -1, SIDE, SIDE).clone()
-    filled = torch.full((count, 4, CELLS, CELLS), 0.0, device=device)
-    for slot in range(int((scenes.kind >= 0).sum(1).max())):
-        at = np.flatnonzero(scenes.kind[:, slot] >= 0)
-        x, y, size, stretch, turn = (on(values[at, slot])[:, None, None] for values in (
-            scenes.x, scenes.y, scenes.size, scenes.stretch, scenes.turn))
-        dx, dy = axis[None, None, :] - x, axis[None, :, None] - y
-        u = (dx * turn.cos() + dy * turn.sin()) / (size * stretch.sqrt())
-        v = (dy * turn.cos() - dx * turn.sin()) / (size / stretch.sqrt())
-        cover = torch.zeros(len(at), SIDE, SIDE, device=device)
-        for kind in np.unique(scenes.kind[at, slot]):
-            mine = torch.from_numpy(np.flatnonzero(scenes.kind[at, slot] == kind)).to(device)
-            inside = -distance(int(kind), u[mine], v[mine]) * size[mine] * SIDE
-            cover[mine] = (inside + 0.5).clamp(0, 1)
-        rows = torch.from_numpy(at).to(device)
-        shade = on(scenes.shade[at, slot])[:, :, None, None]
-        picture[rows] = picture[rows] * (1 - cover[:, None]) + shade * cover[:, None]
-        filled[rows, slot] = F.avg_pool2d(cover, SIDE // CELLS)
+    filled = torch.zeros(count, 4, CELLS, CELLS, device=device)
+    row, slot = (torch.from_numpy(numbers).to(device) for numbers in (row, slot))
+    filled[row, slot] = F.avg_pool2d(cover, SIDE // CELLS)
+    for layer in range(4):
+        mine = (slot == layer).nonzero()[:, 0]
+        part = cover[mine][:, None]
+        picture[row[mine]] = picture[row[mine]] * (1 - part) + shade[mine] * part
     generator = torch.Generator(device).manual_seed(int(scenes.kind.sum()) + count)
     noise = torch.randn(picture.shape, device=device, generator=generator) * on(scenes.noise)[:, None, None, None]
     most, which = filled.max(1)
-    return (picture + noise + 0.5).clamp(0, 255).to(torch.uint8), torch.where(most > 0.2, which, -1)
+    return (picture + noise + 0.5).clamp(0, 255).to(torch.uint8), torch.where(most > 0.15, which, -1)
 
 
 def distance(kind: int, u: Tensor, v: Tensor) -> Tensor:
@@ -219,7 +224,7 @@ def questions(things: list[Thing], rng: np.random.Generator) -> list[tuple[str, 
     return found
 
 
-def main(out: str, count: str = '8', seed: str = '7') -> None:
+def main(out: str = 'scenes', count: str = '8', seed: str = '7') -> None:
     """Write scenes as PNG files, and what can be asked of them as one JSON file."""
     from PIL import Image
 
@@ -232,6 +237,7 @@ def main(out: str, count: str = '8', seed: str = '7') -> None:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f'{i}.png')
         asked[f'{i}.png'] = questions(scenes.things(i), rng)
     (folder / 'questions.json').write_text(json.dumps(asked, indent=1))
+    print(f'{len(asked)} pictures and their questions in {folder}')
 
 
 if __name__ == '__main__':
