@@ -5,7 +5,8 @@ weights' magnitudes relative to their group; r is searched. The paper's way comp
 again for every trial; here a trial costs one product with a sketch of the inputs, and the best one is kept only if it
 lowers the error over all tokens that were gathered. Query heads that share a key head share the scales of its values,
 so that the output projection has scales under grouped attention, too. The range of every group of weights is then
-narrowed where that lowers the error of its own outputs, under the same condition.
+narrowed where that lowers the error of its own outputs, under the same condition. With high effort weights are rounded
+by GPTQ on top of it, if that is better.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lmdeploy.config.quantization import Storage
 from lmdeploy.lite.recipe import Effort, Fitted, Need, Recipe, Site, SiteName, SiteReport, SiteStatistics
+from lmdeploy.lite.rotated import GPTQ
 from lmdeploy.lite.rounding import bundle_of, codes_of, make_grid, output_loss, rounded, sketch
 
 WIDTH = 256  # columns of a sketch
@@ -110,6 +112,11 @@ class AWQ(Recipe):
             start = part.stop
         if shrink is not None:
             site.notes['narrowed'] = round(float((shrink < 1).float().mean()), 3)
+        if self.effort == 'high':
+            other = GPTQ(self.form).fit(site, statistics)
+            if other.report.loss < loss:
+                loss, bundles = other.report.loss, other.bundles
+                site.notes['rounding'] = 'gptq'
         return Fitted(bundles, SiteReport(loss, float(site.notes.pop('baseline', baseline)), site.notes))
 
     def _plain_loss(self, weight: Tensor, statistics: SiteStatistics) -> float:
