@@ -21,6 +21,7 @@ from tests.models.test_logits import tokens
 from tests.models.tiny_vision import FAMILIES, load_vision_reference, make_vision
 from tests.models.vision_driver import Prompt, VisionDriver, reference_inputs
 from tests.test_equivalence import DEVICES, WAYS, run
+from tests.test_tensor_parallel import Threads
 from tests.vl.pictures import picture
 
 NEW = 32
@@ -98,3 +99,18 @@ def test_the_same_tokens_whatever_the_way(name, way, device, folders):
     assert (way == SCARCE) == (stats.preemptions > 0)
     assert twice == (stats.prefix_hit_tokens > 0)
     executor.stop()
+
+
+@pytest.mark.parametrize('name', ['internvl-chat', 'qwen2.5-vl'])
+def test_two_ranks(name, folders, tmp_path):
+    folder = folders(name)
+    asked, answers = prompts(folder)
+    config = EngineConfig(dtype='float32', device='cpu', session_len=512, max_batch_size=8, num_blocks=40,
+                          max_step_tokens=40)  # fmt: skip
+    executor = Threads(config, folder, 2, tmp_path / 'meeting')
+    (tmp_path / 'meeting').mkdir()
+    core = EngineCore(executor, executor.start())
+    requests = [EngineInput(str(i), prompt.ids, SamplingParams(max_new_tokens=NEW), images=spans(prompt))
+                for i, prompt in enumerate(asked)]  # fmt: skip
+    found = run(core, requests)
+    assert [found[request.id] for request in requests] == answers
