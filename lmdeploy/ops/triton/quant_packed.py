@@ -350,7 +350,7 @@ def default(bits: int, n: int, k: int, rows: int, processors: int) -> PackedConf
     tiles, steps = cdiv(n, 64), cdiv(k, WIDTH * CODES[bits])
     if rows > 64:
         wide = n >= 16384
-        if rows > 128 and wide:
+        if rows > 128 and wide and CODES[bits] <= 4:
             return PackedConfig(128, 256, 1, 3)
         return PackedConfig(64, 128 if wide or rows > 128 else 64, 1, 3)
     split, most = 1, 8 if rows < 64 else 4

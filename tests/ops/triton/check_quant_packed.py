@@ -7,8 +7,17 @@ import torch
 
 from lmdeploy.ops.activation import ACTIVATIONS
 from lmdeploy.ops.linear import interleave
-from lmdeploy.ops.packed_linear import PackedWeight, pack, packed_codes_linear, packed_linear, unpack
+from lmdeploy.ops.packed_linear import (
+    CODES,
+    WIDTH,
+    PackedWeight,
+    pack,
+    packed_codes_linear,
+    packed_linear,
+    unpack,
+)
 from lmdeploy.ops.quantize import quantize_tokens, turn
+from lmdeploy.ops.triton import quant_packed, quant_packed_codes, quant_scaled
 from lmdeploy.ops.triton.quant_packed import PackedConfig, packed_gemm
 from lmdeploy.ops.triton.quant_packed_codes import packed_codes_gemm
 from lmdeploy.ops.triton.quantize import triton_quantize_tokens
@@ -109,3 +118,22 @@ def test_products_with_inputs_of_8_bits(bits, zeros, float8, split, columns, dev
     found = packed_codes_gemm(turned, scales, packed, PackedConfig(64, columns, split, 3), out, pdl=not INTERPRETED)
     assert off(found, wanted) < (1e-3 if float8 else 1e-6)  # the tensor cores add float8 in fewer bits
     assert off(packed_codes_linear.reference(turned, scales, packed, '', torch.float32), wanted) < 1e-5
+
+
+@pytest.mark.parametrize('rows', [16, 64, 128, 256, 1024])
+@pytest.mark.parametrize(('n', 'k'), [(896, 896), (4096, 14336), (28672, 4096), (128256, 4096), (8, 32)])
+def test_the_default_fits_shared_memory_and_the_shape(n, k, rows):
+    for bits, codes in CODES.items():
+        config = quant_packed.default(bits, n, k, rows, 132)
+        assert (config.block_n * WIDTH + config.columns * WIDTH * codes) * 2 * config.stages <= 227 * 1024
+        assert config.split == 1 or config.split * codes * WIDTH <= k
+    config = quant_packed_codes.choose(n, k, rows)
+    assert (config.block_n * WIDTH * 2 + config.columns * 4 * WIDTH) * config.stages <= 227 * 1024
+
+
+def test_the_measured_configurations_are_sound():
+    for table in (quant_packed._tuned(), quant_packed_codes._tuned()):
+        for shape, config in table.items():
+            assert config.block_n in (64, 128) and config.columns >= 16 and config.split >= 1, shape
+    for shape, config in quant_scaled._tuned().items():
+        assert len(config) == 6 and shape.split('/')[0] in ('int8', 'float8', 'groups'), shape
