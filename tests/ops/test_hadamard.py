@@ -33,6 +33,7 @@ def test_blocks_are_turned_one_by_one(width, block, dtype):
     torch.testing.assert_close(y, wanted.to(dtype), **tolerance(dtype, 4.0))
     torch.testing.assert_close(hadamard(y.float(), block).to(dtype), x, **tolerance(dtype, 4.0))
     torch.testing.assert_close(y.float().norm(dim=-1), x.float().norm(dim=-1), rtol=1e-2, atol=0)
+    torch.testing.assert_close(y, hadamard.reference(x, block), **tolerance(dtype, 4.0))
     only = x.clone()
     only[..., block:] = 7
     assert torch.equal(hadamard(only, block)[..., :block], y[..., :block])
