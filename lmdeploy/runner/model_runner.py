@@ -235,7 +235,8 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Run every kind of step once, greedy and not, so that nothing is compiled while requests wait."""
         scratch = self.slots.size
-        for plan in idle_plans(self.plan, scratch):
+        recorded = self.engine.runner == 'graph' and self.model.static
+        for plan in idle_plans(self.plan, scratch, recorded):
             for greedy in (True, False):
                 self.slots.plain[scratch] = greedy
                 batch, outputs = inputs.build(plan, self.slots)

@@ -15,6 +15,7 @@ from lmdeploy.ops.logits import log_normaliser
 from lmdeploy.ops.sample import ranked
 from lmdeploy.ops.slots import sample_slots
 from lmdeploy.runner.batch import ForwardBatch
+from lmdeploy.runner.graphs import buckets
 from lmdeploy.runner.memory import MemoryPlan
 from lmdeploy.runner.slots import SlotTable
 
@@ -88,19 +89,21 @@ def idle_plan(scratch: int, decodes: int, chunks: tuple[int, ...]) -> StepPlan:
     )
 
 
-def idle_plans(plan: MemoryPlan, scratch: int) -> Iterator[StepPlan]:
-    """Steps that together need every kernel that a step without a graph may need, in all their variants.
+def idle_plans(plan: MemoryPlan, scratch: int, recorded: bool) -> Iterator[StepPlan]:
+    """Steps that together need every kernel that a step may need, in all their variants.
 
-    Which one runs depends on how many tokens there are, on how long a chunk is, and on whether there are decodes.
+    Which one runs depends on how many tokens there are, on how long a chunk is, and on how many rows decode.
+
+    Args:
+        recorded: decodes of every number run anyway, when their graphs are recorded.
     """
     most = min(plan.max_step_tokens, plan.session_len)
     for decodes in (0, 1, min(20, plan.max_batch_size - 1), plan.max_batch_size - 1):
         for length in (2, 17, 40, 100, 200, 400, 900, 2000, most):
             if 0 < length <= most and decodes + length <= plan.max_step_tokens:
                 yield idle_plan(scratch, decodes, (length,))
-    for decodes in (1, 3, 20, 40, 100, 200, 400):  # powers of two are kernels of their own
-        if decodes < plan.max_batch_size or decodes == 1:
-            yield idle_plan(scratch, decodes, ())
+    for decodes in (1, 3) if recorded else buckets(plan.max_batch_size):
+        yield idle_plan(scratch, decodes, ())
     several = min(20, plan.max_batch_size)
     yield idle_plan(scratch, 0, (max(1, min(most, plan.max_step_tokens // several)),) * several)
 
