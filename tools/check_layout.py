@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ROOTS = {'__init__', '__main__', 'api', 'cli', 'extend'}  # compose everything; nothing below may import them
 PROCESS_ROOTS = {('engine', 'process.py')}  # a program of its own that composes an engine
 TORCHLESS = {'engine', 'chat', 'config', 'frontend', 'grammar', 'hub', 'tokenizer', 'serve', 'cli', 'api', 'pipe',
-             'model', 'messages', 'errors', 'log', 'texts', 'version', '__init__', '__main__'}
+             'model', 'messages', 'errors', 'log', 'texts', 'version', 'vl', '__init__', '__main__'}
 # not at module level there
 HEAVY = {'torch', 'triton', 'rich', 'prompt_toolkit', 'huggingface_hub', 'sentencepiece', 'llguidance'}
 DEVICE_NAMES = {'ops', 'parallel', 'runner', 'config', 'cli', 'messages'}  # may write the literal 'cuda'
