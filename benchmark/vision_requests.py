@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -131,10 +131,13 @@ def pace(core: EngineCore, texts: list[EngineInput], beside: list[EngineInput]) 
     return gaps
 
 
+def percentile(gaps: list[float]) -> float:
+    return sorted(gaps)[int(len(gaps) * 0.99)]
+
+
 def shown(gaps: list[float]) -> str:
-    ordered = sorted(gaps)
-    return (f'median {statistics.median(gaps) * 1e3:.2f} ms, 99th {ordered[int(len(ordered) * 0.99)] * 1e3:.2f}, '
-            f'most {ordered[-1] * 1e3:.2f}, {len(gaps)} gaps')
+    return (f'median {statistics.median(gaps) * 1e3:.2f} ms, 99th {percentile(gaps) * 1e3:.2f}, '
+            f'most {max(gaps) * 1e3:.2f}, {len(gaps)} gaps')
 
 
 def main() -> None:
@@ -144,8 +147,8 @@ def main() -> None:
     parser.add_argument('--concurrency', default='1,16')
     parser.add_argument('--rounds', type=int, default=1, help='requests: so many times the concurrency')
     parser.add_argument('--answer', type=int, default=64)
-    parser.add_argument('--max-step-tokens', type=int, help='prompt tokens of a step, as max_prefill_token_num')
-    parser.add_argument('--only-pace', action='store_true', help='no rates: the pace of text alone')
+    parser.add_argument('--pace-tokens', type=int, default=320,
+                        help='the pace of text also with so many tokens a step at most, as max_prefill_token_num')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='bfloat16')
     args = parser.parse_args()
@@ -154,8 +157,7 @@ def main() -> None:
     processor = build_processor(read_vision(values, read_preprocessor(path)))
     counts, widths = ([int(n) for n in given.split(',')] for given in (args.pictures, args.concurrency))
     config = EngineConfig(load_format='dummy', device=args.device, dtype=args.dtype, session_len=20000,
-                          runner='graph' if args.device == 'cuda' else 'eager', max_batch_size=64,
-                          max_step_tokens=args.max_step_tokens)  # fmt: skip
+                          runner='graph' if args.device == 'cuda' else 'eager', max_batch_size=64)  # fmt: skip
     begin = time.perf_counter()
     executor = LocalExecutor(config, path)
     capacity = executor.start()
@@ -180,7 +182,17 @@ def main() -> None:
 
     closed_loop(core, [request(f'warm{i}', [fresh(pool[0])], vocab, 4, i) for i in range(2)], 2)
     clock.take()
-    for count in counts if not args.only_pace else []:
+    for tokens in (capacity.max_step_tokens, args.pace_tokens):
+        fewer = EngineCore(executor, replace(capacity, max_step_tokens=tokens), depth=2)
+        quiet = pace(fewer, [request(f'q{tokens}.{i}', [], vocab, 300, i) for i in range(8)], [])
+        beside = [request(f'p{tokens}.{i}', [fresh(pool[i % len(pool)])], vocab, 8, i) for i in range(6)]
+        gaps = pace(fewer, [request(f't{tokens}.{i}', [], vocab, 1500, i) for i in range(8)], beside)
+        usual = statistics.median(quiet)
+        print(f'steps of up to {tokens} tokens: text alone {shown(quiet)}; beside pictures {shown(gaps)}: '
+              f'{statistics.median(gaps) / usual:.2f} times the median, the 99th {percentile(gaps) / usual:.2f} times',
+              flush=True)  # fmt: skip
+    clock.take()
+    for count in counts:
         for width in widths:
             requests = [
                 request(f'{count}.{width}.{i}', [fresh(pool[(i + j) % len(pool)]) for j in range(count)], vocab,
@@ -190,12 +202,6 @@ def main() -> None:
             print(f'{count} pictures, {width:2d} at a time: {len(requests) / seconds:6.2f} requests/s, first token '
                   f'{statistics.median(first) * 1e3:7.1f} ms (median), encoder {encoding / seconds:4.0%} of the time',
                   flush=True)  # fmt: skip
-    quiet = pace(core, [request(f'q{i}', [], vocab, 300, i) for i in range(8)], [])
-    beside = [request(f'p{i}', [fresh(pool[i % len(pool)])], vocab, 8, i) for i in range(6)]
-    disturbed = pace(core, [request(f't{i}', [], vocab, 1500, i) for i in range(8)], beside)
-    print(f'text alone: {shown(quiet)}\nbeside pictures: {shown(disturbed)}; '
-          f'{statistics.median(disturbed) / statistics.median(quiet):.2f} times the median, 99th '
-          f'{sorted(disturbed)[int(len(disturbed) * 0.99)] / statistics.median(quiet):.2f} times', flush=True)
     executor.stop()
 
 
