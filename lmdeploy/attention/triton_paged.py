@@ -52,6 +52,8 @@ class TritonPaged:
             reasons.append(f'no {dtype}')
         if case.head_dim > LARGEST_HEAD:
             reasons.append(f'heads of {case.head_dim} channels are larger than {LARGEST_HEAD}')
+        if case.bits and case.head_dim % 4:
+            reasons.append(f'codes of heads of {case.head_dim} channels do not fill words')
         if case.heads // case.kv_heads > LARGEST_GROUP:
             reasons.append(f'more than {LARGEST_GROUP} query heads to a key head')
         return reasons

@@ -427,5 +427,6 @@ def _banner(context: ServerContext, screen: Screen, url: str) -> None:
     else:
         screen.note('serve_ready', models=names, url=url, page=f'{url}/' if context.page else '-', docs=docs,
                     session_len=capacity.session_len, kv_tokens=capacity.num_blocks * capacity.block_size,
-                    kv_gib=capacity.kv_bytes / 2**30, batch=capacity.max_batch_size, keys=len(context.keys))
+                    kv_gib=capacity.kv_bytes / 2**30, cache=capacity.choices.get('cache', ''),
+                    batch=capacity.max_batch_size, keys=len(context.keys))
     screen.line(curl)

@@ -100,10 +100,10 @@ NOTES: dict[str, dict[str, str]] = {
     },
     'serve_ready': {
         'en': '{models} at {url} (chat page at {page}, API at {url}/v1, documentation at {docs}, metrics at {url}/metrics)\n'
-              'context {session_len} tokens, KV cache {kv_tokens} tokens ({kv_gib:.1f} GiB), {batch} requests at a time\n'
+              'context {session_len} tokens, KV cache {kv_tokens} tokens in {cache} ({kv_gib:.1f} GiB), {batch} requests at a time\n'
               'API keys: {keys}. Try:',
         'zh': '{models} 已就绪：{url}（聊天页面：{page}，API：{url}/v1，文档：{docs}，指标：{url}/metrics）\n'
-              '上下文 {session_len} 个 token，KV 缓存 {kv_tokens} 个 token（{kv_gib:.1f} GiB），同时处理 {batch} 个请求\n'
+              '上下文 {session_len} 个 token，KV 缓存 {kv_tokens} 个 token（{cache}，{kv_gib:.1f} GiB），同时处理 {batch} 个请求\n'
               'API key 数量：{keys}。试一试：',
     },
     'serve_ready_embeddings': {

@@ -118,8 +118,8 @@ def test_logs_for_machines_have_no_other_lines(capsys, tmp_path):
         for handler, formatter in before:
             handler.setFormatter(formatter)
     screen = Screen('en', as_json=True)
-    screen.note('serve_ready', models='m', url='u', page='-', docs='-', session_len=1, kv_tokens=1, kv_gib=1.0, batch=1,
-                keys=0)
+    screen.note('serve_ready', models='m', url='u', page='-', docs='-', session_len=1, kv_tokens=1, kv_gib=1.0,
+                cache='int8', batch=1, keys=0)
     screen.error(ConfigError('LMD-412'))
     screen.line('stats')
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
