@@ -211,9 +211,10 @@ class Driver:
         statistics.scaled(spread)
 
     def _pieces(self, layer: LayerWeights) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, x in self.streams.calibration:
+        exact = self.streams.calibration_float
+        for piece, x in self.streams.calibration:
             with torch.no_grad():
-                y = self.layers(layer, x.float())
+                y = self.layers(layer, (x if exact is None else exact.read(piece)).float())
             yield x.float(), y
 
     def _advance(self, index: int) -> None:

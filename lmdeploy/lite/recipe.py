@@ -201,7 +201,8 @@ class Block:
         weights: the float32 weights that were fitted (after transforms and scales).
         fitted: by site; ``tune`` replaces bundles in it.
         pieces: yields ``(x, y)``, each ``[sequences, length, hidden] float32``: the layer's inputs from the quantised
-            layers before it, and the outputs that the float32 weights give for them; always the same pieces.
+            layers before it, and the outputs of the float32 weights, for the same inputs or, where the recipe needs
+            ``'cross'``, for those that the unquantised model has here; always the same pieces.
         forward: ``(x, weights by role) -> y``, differentiable in the weights ``[out, in] float32``.
     """
 
