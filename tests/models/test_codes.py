@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,12 @@ class Takes(QuantisedInput):
     above: int = 0
     given: int = 0
     own: int = 0
-    sizes: list[int] = field(default_factory=list)
 
     def takes(self, packed: QuantisedPack) -> CodesOf:
         return CodesOf(packed.scheme.activation, packed.scheme.activation_group, self.turned, self.above)
 
     def apply(self, x: Tensor, packed: QuantisedPack) -> Tensor:
         self.own += 1
-        self.sizes.append(len(x))
         return super().apply(x, packed)
 
     def apply_codes(self, x: TokenCodes, packed: QuantisedPack, dtype: torch.dtype) -> Tensor:
