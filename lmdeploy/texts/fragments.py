@@ -237,6 +237,16 @@ FRAGMENTS: dict[str, str] = {
     'SSL_KEYFILE or SSL_CERTFILE is not set': '未设置 SSL_KEYFILE 或 SSL_CERTFILE',
     'it is no network, address or host name': '不是网络、地址或主机名',
     'it is larger than {most} bytes': '超过 {most} 字节',
+    # pictures
+    'no such file': '文件不存在',
+    'it must be a folder': '应为文件夹',
+    'it must be an address, or a network such as 10.0.0.0/8': '应为地址，或形如 10.0.0.0/8 的网段',
+    'its picture is missing': '缺少图片',
+    'its text is missing': '缺少文本',
+    'it must be an object': '应为对象',
+    '{name} is of the wrong type': '{name} 的类型不正确',
+    'num_frames must be from 1 to {most}, fps above 0': 'num_frames 应为 1 到 {most}，fps 应大于 0',
+    'only text and pictures are read here': '此处只读取文本与图片',
 }
 """By the English part. A name in braces stands for any text, ``{name}`` and ``{type}`` for one word; in Chinese,
 ``{wanted:part}`` stands for one that is a part itself."""

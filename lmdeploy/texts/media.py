@@ -70,10 +70,6 @@ TEXTS: dict[str, dict[str, str]] = {
         'en': 'message {index} names a picture by a URL that this server does not read: it takes {allowed}.',
         'zh': '第 {index} 条消息中的图片 URL 不被此服务器接受：可用的形式有 {allowed}。',
     },
-    'LMD-680': {
-        'en': 'the request has {given} {what}, but {most} is the most.',
-        'zh': '请求中有 {given} {what}，上限为 {most}。',
-    },
     'LMD-681': {
         'en': "reading videos needs the package av: pip install 'lmdeploy[video]'.",
         'zh': "读取视频需要 av 包：pip install 'lmdeploy[video]'。",
@@ -85,9 +81,5 @@ TEXTS: dict[str, dict[str, str]] = {
     'LMD-683': {
         'en': 'a picture of message {index} is invalid: it is damaged, too large, or of another format than {formats}.',
         'zh': '第 {index} 条消息中的图片无效：文件损坏、过大，或不是以下格式之一：{formats}。',
-    },
-    'LMD-684': {
-        'en': 'the file {path} with the weights of a demo model is missing. Install the package anew.',
-        'zh': '缺少演示模型的权重文件 {path}。请重新安装本软件包。',
     },
 }
