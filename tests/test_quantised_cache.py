@@ -19,7 +19,7 @@ from lmdeploy.runner.graphs import rerun
 from tests.models.tiny import ARCHITECTURES, make_tiny
 from tests.test_equivalence import prompts, run
 
-NEW = 16
+NEW = 10
 # name -> (engine options, depth, prefix cache, static buffers)
 WAYS = {
     'one by one, overlapped': ({'max_batch_size': 1}, 2, False, False),

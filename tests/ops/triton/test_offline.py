@@ -76,6 +76,26 @@ def test_decode(dim, pairs, tmp_path):
     assert 'mma.sync' in binary.asm['ptx'] and ('cp.async.bulk.tensor' in binary.asm['ptx']) is config.tma
 
 
+@pytest.mark.parametrize('bits', [8, 4])
+def test_decode_of_codes(bits, tmp_path):
+    """Codes become operands in registers: nothing is read byte by byte, and nothing goes back to shared memory first."""
+    config, width = decode.config_of(128, 1, 1024, bits), 128 * bits // 16
+    pages = f'tensordesc<i16[64, {width}]>' if config.tma else '*i16'
+    binary = compiled(
+        decode._decode_kernel,
+        INDEX | VALUES | dict.fromkeys(('stretches', 'shares', 'counts', 'k_scales', 'v_scales'), '*i32')
+        | dict.fromkeys(('sums', 'stats'), '*fp32') | dict.fromkeys(('k_pages', 'v_pages'), pages),
+        dict.fromkeys(('q_plain', 'within', 'back'))
+        | dict(HEADS=8, GROUP=4, M=16, D=128, D_P=128, WORDS_P=width, R=0, BLOCK=64, TILE=64, WINDOW=0, BITS=bits,
+               ASM=True, STAGES=config.num_stages, TMA=config.tma, FUSED=config.fused, PRECISION='tf32', WIDTH=512,
+               CHUNK=4, PDL=True),
+        num_warps=4, maxnreg=config.registers)  # fmt: skip
+    assert fits(binary, config.per_sm, tmp_path / 'decode.ptx')
+    ptx = binary.asm['ptx']
+    assert 'ld.shared.b8' not in ptx and 'ld.shared.b16' not in ptx
+    assert 'ldmatrix.sync.aligned.m8n8.x4.trans' in ptx and ('cp.async.bulk.tensor' in ptx) is config.tma
+
+
 def test_prefill(tmp_path):
     """Two programs on a multiprocessor, each on the tensor cores while the other is at its softmax."""
     config = prefill.config_of(128, 2)
