@@ -78,7 +78,7 @@ def test_decode(dim, pairs, tmp_path):
 
 @pytest.mark.parametrize('bits', [8, 4])
 def test_decode_of_codes(bits, tmp_path):
-    """Codes become operands in registers: nothing is read byte by byte, and nothing goes back to shared memory first."""
+    """Codes become operands in registers: nothing is read byte by byte, nothing goes back to shared memory first."""
     config, width = decode.config_of(128, 1, 1024, bits), 128 * bits // 16
     pages = f'tensordesc<i16[64, {width}]>' if config.tma else '*i16'
     binary = compiled(
