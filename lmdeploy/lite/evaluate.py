@@ -22,7 +22,7 @@ ROWS = 256  # tokens whose logits exist at once
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What turns hidden states into predictions: ``norm [hidden] float32``, ``weight [vocab, hidden]``."""
+    """What turns hidden states into predictions: ``norm [hidden]``, ``weight [vocab, hidden]``, both float32."""
 
     norm: Tensor
     weight: Tensor
@@ -30,7 +30,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` to ``[n, vocab] float32``."""
-        return F.linear(rms_norm.reference(hidden.float(), self.norm, self.eps), self.weight.float())
+        return F.linear(rms_norm.reference(hidden.float(), self.norm, self.eps), self.weight)
 
 
 @dataclass(slots=True)

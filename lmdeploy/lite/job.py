@@ -28,7 +28,7 @@ from lmdeploy.lite.output import placed, write_output
 from lmdeploy.lite.recipe import ROLES, SITES, Need, Recipe
 from lmdeploy.lite.report import CalibrationReport, LayerReport, Report, Sizes, from_json, loads_in, sizes_of, to_json
 from lmdeploy.lite.source import Source, open_source
-from lmdeploy.lite.workdir import REPORT, STATE, WorkDir
+from lmdeploy.lite.workdir import REPORT, STATE, WorkDir, open_shard
 from lmdeploy.quant.formats.base import scheme_of
 from lmdeploy.runner.host import limit_threads
 from lmdeploy.runner.model_runner import choose_device
@@ -193,12 +193,13 @@ class Job:
         names, checkpoint = source.top_names(), source.checkpoint
         own = names['embedding' if source.config.tie_word_embeddings else 'head']
         norm = source.read_norm(source.body.child(source.spec.names.final_norm), self.device)
-        before = Head(norm, checkpoint.get(own, None, source.dtype).to(self.device), eps)
-        with_head = Driver(source, self.recipe, work, Streams(quantised), self.device).open_shard(0)
-        with with_head as shard:
+        weight = checkpoint.get(own, None, source.dtype).to(self.device)
+        before = Head(norm, weight.float(), eps)
+        with open_shard(work.path / work.shards[0].file) as shard:
             stored = names['head'] if names['head'] in shard.names() else names['embedding']
             final = source.read_norm(shard.prefix(source.body.child(source.spec.names.final_norm).path), self.device)
-            after = Head(final, shard.get(stored).to(self.device), eps)
+            other = shard.get(stored).to(self.device)
+            after = Head(final, before.weight if torch.equal(weight, other) else other.float(), eps)
         texts = [(name, text.name, len(text.sequences)) for name, text in self.judged]
         return judge(texts, exact, quantised, before, after)
 

@@ -50,32 +50,33 @@ class SmoothQuant(Recipe):
         weight, sample = site.weight, statistics.sample
         trial = sample[:: max(1, len(sample) // TRIAL[self.effort])]
         most, least = site.gather(statistics.absmax).clamp(min=1e-5), site.gather(weight.abs().amax(0)).clamp(min=1e-5)
-        best, kept = self._loss(trial, weight, None), None
+        exact = trial @ weight.t()
+        best, kept = self._loss(trial, exact, weight, None), None
         for alpha in ALPHAS[self.effort]:
             scale = most**alpha / least ** (1 - alpha)
             scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
-            loss = self._loss(trial, weight, scale[site.tie])
+            loss = self._loss(trial, exact, weight, scale[site.tie])
             if loss < best:
                 best, kept, chosen = loss, scale, alpha
-        baseline = self._loss(sample, weight, None)
+        exact = sample @ weight.t()
+        baseline = self._loss(sample, exact, weight, None)
         site.notes['baseline'] = baseline
-        if kept is None or self._loss(sample, weight, kept[site.tie]) >= baseline:
+        if kept is None or self._loss(sample, exact, weight, kept[site.tie]) >= baseline:
             return None
         site.notes['alpha'] = chosen
         return kept
 
     def fit(self, site: Site, statistics: SiteStatistics) -> Fitted:
         assert statistics.sample is not None
-        loss = self._loss(statistics.sample, site.weight, None)
+        loss = self._loss(statistics.sample, statistics.sample @ site.weight.t(), site.weight, None)
         bundles = {}
         for linear in site.linears:
             grid = make_grid(linear.weight, self.form)
             bundles[linear.role] = bundle_of(codes_of(linear.weight, grid), grid)
         return Fitted(bundles, SiteReport(loss, float(site.notes.pop('baseline', loss)), site.notes))
 
-    def _loss(self, x: Tensor, weight: Tensor, spread: Tensor | None) -> float:
-        """The relative error of ``x weightT`` with both rounded, after ``spread [in]`` has moved."""
-        exact = x @ weight.t()
+    def _loss(self, x: Tensor, exact: Tensor, weight: Tensor, spread: Tensor | None) -> float:
+        """The relative error of ``exact = x weightT`` with both rounded, after ``spread [in]`` has moved."""
         inputs, weights = (x, weight) if spread is None else (x / spread, weight * spread)
         codes, scales = quantize_tokens.reference(inputs, self.form.activation, 0)
         error = (codes.float() * scales) @ rounded(weights, self.form).t() - exact
