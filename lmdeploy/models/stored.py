@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from lmdeploy.config.model import ModelConfig
@@ -9,6 +11,8 @@ from lmdeploy.models.registry import decoder_spec
 from lmdeploy.models.shapes import tensor_shapes
 from lmdeploy.quant.formats.base import scheme_of
 from lmdeploy.quant.kernels import Dequantised, KernelCase, QuantisedInput, choose_kernel
+from lmdeploy.weights.checkpoint import Checkpoint
+from lmdeploy.weights.dequant import BLOCK_TYPES, FOUR_BITS
 
 
 def bytes_per_weight(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> float:
@@ -32,6 +36,20 @@ def bytes_per_weight(config: ModelConfig, dtype: torch.dtype, device: torch.devi
         sizes += shape[0] * shape[1]
         total += width * shape[0] * shape[1]
     return total / sizes
+
+
+def bytes_of_blocks(checkpoint: Checkpoint) -> float | None:
+    """As :func:`bytes_per_weight`, of a file whose blocks stay quantised; None: it has none.
+
+    Blocks of 4 bits keep a scale and an offset of 16 bits for every 32 weights, others become codes of 8 bits.
+    """
+    sizes, total = 0, 0.0
+    for name in checkpoint.names():
+        stored = checkpoint.stored(name)
+        if '.layers.' in name and stored.dtype_name in BLOCK_TYPES:
+            sizes += prod(stored.shape)
+            total += prod(stored.shape) * (5 / 8 if stored.dtype_name in FOUR_BITS else 1)
+    return total / sizes if sizes else None
 
 
 DENSE = (Dequantised.name, QuantisedInput.name)

@@ -26,11 +26,12 @@ from lmdeploy.kv.cache import KVCache
 from lmdeploy.log import get_logger
 from lmdeploy.models.registry import CausalLM, build_model, decoder_spec
 from lmdeploy.models.shapes import tensor_shapes
-from lmdeploy.models.stored import bytes_per_weight
+from lmdeploy.models.stored import bytes_of_blocks, bytes_per_weight
 from lmdeploy.models.vision.encoder import build_encoder
 from lmdeploy.nn.build import Build
 from lmdeploy.ops.cpu.features import auto_dtype
 from lmdeploy.parallel.group import ALONE, Group
+from lmdeploy.quant.kernels.cpu import keeps_blocks
 from lmdeploy.quant.policy import QuantPolicy
 from lmdeploy.runner import inputs
 from lmdeploy.runner.batch import ForwardBatch
@@ -282,6 +283,8 @@ class ModelRunner:
         self.threads = limit_threads()
         room = self._without_pictures(measure(self.device), checkpoint, config)
         stored = bytes_per_weight(config, self.dtype, self.device)
+        if not engine.exact and keeps_blocks(self.device, self.dtype):
+            stored = bytes_of_blocks(checkpoint) or stored
         self.plan = agree(plan_memory(engine, config, self.dtype, room, stored=stored, group=self.group), self.group)
         if self.plan.session_len != (engine.session_len or config.context_len):
             get_logger().warning(
@@ -318,7 +321,8 @@ class ModelRunner:
         shapes = tensor_shapes(decoder_spec(config))
         if is_vision_model(values):
             vision = read_vision(values, read_preprocessor(self.path))
-            shapes = {**shapes, **build_encoder(vision, Build(dtype=torch.float32, device=torch.device('cpu'))).shapes()}
+            build = Build(dtype=torch.float32, device=torch.device('cpu'))
+            shapes = {**shapes, **build_encoder(vision, build).shapes()}
         return DummyCheckpoint(self.path, values, shapes, choose_device(self.engine.device))
 
     def _read_config(self, checkpoint: Checkpoint, session_len: int | None) -> ModelConfig:

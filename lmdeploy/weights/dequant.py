@@ -30,10 +30,10 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=2)
 
 
-def _bits(packed: Tensor) -> Tensor:
-    """``[n, w]`` bytes to ``[n, 8 w]`` bits, lowest first."""
-    shifts = torch.arange(8, dtype=torch.uint8)
-    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)
+def _five(low: Tensor, high: Tensor) -> Tensor:
+    """Codes ``[n, 32] int32`` of 5 bits from ``[n, 16]`` bytes of nibbles and ``[n, 4]`` bytes of highest bits."""
+    bits = high.clone().view(torch.int32) >> torch.arange(32, dtype=torch.int32)  # a copy is aligned
+    return bits.bitwise_and_(1).mul_(16).add_(torch.cat((low & 15, low >> 4), dim=1))
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks[:, None, 6:22]).flatten(1) | (_bits(blocks[:, 2:6]) << 4)
+    codes = _five(blocks[:, 6:22], blocks[:, 2:6])
     return codes.float().sub_(16).mul_(_half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks[:, None, 8:24]).flatten(1) | (_bits(blocks[:, 4:8]) << 4)
+    codes = _five(blocks[:, 8:24], blocks[:, 4:8])
     return codes.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
