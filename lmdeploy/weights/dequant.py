@@ -32,7 +32,8 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _five(low: Tensor, high: Tensor) -> Tensor:
     """Codes ``[n, 32] int32`` of 5 bits from ``[n, 16]`` bytes of nibbles and ``[n, 4]`` bytes of highest bits."""
-    bits = high.clone().view(torch.int32) >> torch.arange(32, dtype=torch.int32)  # a copy is aligned
+    words = high.clone(memory_format=torch.contiguous_format).view(torch.int32)  # a copy is aligned
+    bits = words >> torch.arange(32, dtype=torch.int32)
     return bits.bitwise_and_(1).mul_(16).add_(torch.cat((low & 15, low >> 4), dim=1))
 
 
