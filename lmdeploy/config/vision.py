@@ -183,13 +183,20 @@ def is_vision_model(config: Mapping[str, Any]) -> bool:
 
 
 def vision_model(path: Path) -> VisionModelConfig | None:
-    """The vision part of the model in a folder; None: it has none. What is wrong elsewhere is told by who loads it.
+    """The vision part of a model, of a folder or file; None: it has none. What else is wrong is told by who loads it.
 
     Raises:
         ConfigError: as :func:`read_vision`.
     """
-    config = _json(path / 'config.json')
+    folder = beside(path) if path.is_file() else path
+    config = _json(folder / 'config.json') if folder is not None else {}
     return read_vision(config, read_preprocessor(path)) if is_vision_model(config) else None
+
+
+def beside(path: Path) -> Path | None:
+    """The folder with the vision part of a language model in one file: ``NAME.vision`` beside ``NAME.gguf``."""
+    folder = path.with_suffix('.vision')
+    return folder if path.suffix == '.gguf' and (folder / 'config.json').is_file() else None
 
 
 def read_preprocessor(path: Path) -> dict[str, Any]:

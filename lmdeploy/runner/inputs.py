@@ -52,7 +52,8 @@ def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
 
     device = slots.device
     (token_ids, positions_, query_start_, kv_lens_, table_, kv_slots_, output_rows, pending_, pending_slots) = upload(
-        device, np.maximum(plan.tokens, 0), _turned(plan, slots, rows, positions), query_start, kv_lens, table, kv_slots, outputs.tokens, pending,
+        device, np.maximum(plan.tokens, 0), _turned(plan, slots, rows, positions), query_start, kv_lens, table, kv_slots,
+        outputs.tokens, pending,
         plan.slots[rows[pending]],
     )
     token_ids = token_ids.int()
@@ -108,8 +109,8 @@ def _on_device(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np
 
 
 def _turned(plan: StepPlan, slots: SlotTable, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The positions by which queries and keys are turned: ``positions [T]`` but for prompts with pictures, of which they
-    have three rows ``[3, T]`` as long as there is one to come."""
+    """The positions by which queries and keys are turned: ``positions [T]`` but for prompts with pictures, where they
+    have three rows ``[3, T]`` as long as there is a picture to come."""
     if not slots.mrope:
         return positions
     turned = positions + slots.shift[plan.slots][rows]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmdeploy.config.vision import beside
 from lmdeploy.errors import LoadError
 from lmdeploy.weights.bytefile import ByteFile
 from lmdeploy.weights.dequant import BLOCK_SIZES, BLOCK_TYPES, CHUNK_ELEMENTS, dequantize_into
@@ -277,10 +278,22 @@ def _open_gguf(path: Path) -> Checkpoint:
             if name in tensors:
                 raise LoadError('LMD-135', tensor=name, file=path)
             tensors[name] = _gguf_tensor(record, name, reader.arch, config, file)
+        folder = beside(path)
+        if folder is not None:
+            return _join(path, tensors, config, reader.generation_config(), file, folder)
         return Checkpoint(path, tensors, config, reader.generation_config(), [file])
     except LoadError:
         file.close()
         raise
+
+
+def _join(path: Path, tensors: dict[str, StoredTensor], config: dict[str, Any], generation_config: dict[str, Any],
+          file: ByteFile, folder: Path) -> Checkpoint:
+    """A language model in a GGUF file and the vision part in a folder, as one checkpoint in InternVL's layout."""
+    part = _open_folder(folder)
+    named = {f'language_model.{name}': tensor for name, tensor in tensors.items()}
+    return Checkpoint(path, named | part._tensors, {**part.config, 'llm_config': config}, generation_config,
+                      [file, *part._files])
 
 
 def _gguf_tensor(
