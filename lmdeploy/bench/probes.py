@@ -227,7 +227,7 @@ def _rope_write_codes(bench: Bench, name: str) -> Work:
     def make() -> Call:
         qkv, slots = bench.random(bench.rows, heads + 2 * kv_heads, dim), _pages(bench)[2]
         kv = KVCache(KVShape(1, kv_heads, dim, 4), -(-bench.rows // PAGE), PAGE, bench.dtype, bench.device)
-        return lambda: op(qkv, cos, sin, None, None, config.rms_norm_eps, None, kv.layer(0), slots)
+        return lambda: op(qkv, cos, sin, None, None, config.rms_norm_eps, None, None, kv.layer(0), slots)
 
     moved = (2 * heads + 2 * kv_heads) * dim * bench.dtype.itemsize + kv_heads * (dim + 8)
     return str([bench.rows, heads + 2 * kv_heads, dim]), bench.rows * moved, 0.0, make
