@@ -103,7 +103,7 @@ def quantise(args: argparse.Namespace, screen: Screen, what: str, recipe: Callab
             tell_done(screen, done)
             return 0
         tell_calibration(screen, job.calibration, job.reduced)
-        with Progress(job.source.num_layers) as progress:
+        with Progress(screen, job.source.num_layers) as progress:
             report = job.run(progress, ' '.join(['lmdeploy', *sys.argv[1:]]), args.model)
     finally:
         job.close()

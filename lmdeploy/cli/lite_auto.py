@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
         options = shared.options(args)
         source, calibration, _, device = open_calibration(shared.find(args).path, options)
-        with source.checkpoint, Progress(source.num_layers) as progress:
+        with source.checkpoint, Progress(screen, source.num_layers) as progress:
             stream = Hidden(calibration.sequences, source.config.hidden_size, options.batch_size, device,
                             options.work_dir.parent / f'.{options.work_dir.name}-survey.bin',
                             compute_type(source, device))  # fmt: skip

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         group = next(size for size in (128, 64, 32, 16, 0) if not size or not any(
             wide % size for wide in (width, source.config.intermediate_size)))  # fmt: skip
         search = Storage(AWQ, bits=4, group=group, symmetric=False) if args.search_scale else None
-        with Progress(source.num_layers) as progress:
+        with Progress(screen, source.num_layers) as progress:
             path = observe(source, calibration, options.work_dir, device, options.batch_size, search, progress)
     print(path)
     return 0

@@ -16,18 +16,16 @@ if TYPE_CHECKING:
     from lmdeploy.lite.report import Report
 
 PHASES = {'read': 'reading', 'statistics': 'statistics', 'fit': 'fitting', 'fitted': 'fitting', 'tune': 'tuning',
-          'write': 'writing', 'resume': 'done before', 'forward': 'passing through', 'judge': 'judging',
-          'answers': 'asking both models'}  # fmt: skip
+          'write': 'writing', 'resume': 'done before', 'forward': 'passing through'}  # fmt: skip
 
 
 class Progress:
     """A line for every finished layer; on a terminal a bar below, with the current layer's phase and losses."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._started = self._layer_started = time.perf_counter()
+    def __init__(self, screen: Screen, layers: int) -> None:
+        self.screen, self.layers = screen, layers
+        self._layer_started = time.perf_counter()
         self._sites: dict[str, SiteReport] = {}
-        self._fresh = 0  # layers that this run fitted
         self._resumed = False
         self._bar: Any = None
         self._task: Any = None
@@ -58,28 +56,27 @@ class Progress:
             self._sites[event.site] = event.report
         if event.what == 'layer':
             self._layer_done(event.layer)
+        elif event.what in ('judge', 'answers'):
+            self._print(self.screen.text(f'lite {event.what}'))
         elif self._bar is not None:
             phase = PHASES.get(event.what, event.what)
-            self._bar.update(self._task, description=f'layer {event.layer + 1} {event.site} {phase}'
-                             if event.layer < self.layers else phase)  # fmt: skip
-        elif event.what in ('judge', 'answers'):
-            print(f'{PHASES[event.what]} ...', file=sys.stderr, flush=True)
+            self._bar.update(self._task, description=f'{event.layer + 1} {event.site} {phase}')
 
     def _layer_done(self, index: int) -> None:
-        now = time.perf_counter()
-        line = f'layer {index + 1}/{self.layers}'
-        if self._resumed:
-            line += '  was done before'
-        else:
-            self._fresh += 1
-            line += ''.join(f'  {name} {site.loss:.2e} ({_change(site)})' for name, site in self._sites.items())
-            left = (now - self._layer_started) * (self.layers - index - 1)
-            line += f'  {now - self._layer_started:.1f} s  left {_minutes(left)}'
+        seconds = time.perf_counter() - self._layer_started
+        sites = ''.join(f'  {name} {site.loss:.2e} ({_change(site)})' for name, site in self._sites.items())
+        self._print(self.screen.text('lite resumed' if self._resumed else 'lite layer', index=index + 1,
+                                     layers=self.layers, sites=sites, seconds=f'{seconds:.1f}',
+                                     left=_minutes(seconds * (self.layers - index - 1))))  # fmt: skip
+        if self._bar is not None:
+            self._bar.update(self._task, completed=index + 1)
+
+    def _print(self, line: str) -> None:
+        """One line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, soft_wrap=True)
-            self._bar.update(self._task, completed=index + 1)
         else:
-            print(line, file=sys.stderr, flush=True)
+            self.screen.line(line)
 
 
 class Forms:

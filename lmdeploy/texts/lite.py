@@ -124,6 +124,22 @@ NOTES: dict[str, dict[str, str]] = {
               'will say how much is lost.',
         'zh': '无论采用何种方法，参数量小于约 7B 的模型在 2 位下几乎不可用；报告会给出损失的程度。',
     },
+    'lite layer': {
+        'en': 'layer {index}/{layers}{sites}  {seconds} s  left {left}',
+        'zh': '第 {index}/{layers} 层{sites}  {seconds} 秒  剩余 {left}',
+    },
+    'lite resumed': {
+        'en': 'layer {index}/{layers}  was done before',
+        'zh': '第 {index}/{layers} 层  此前已完成',
+    },
+    'lite judge': {
+        'en': 'judging on held-out text ...',
+        'zh': '正在用留出的文本评判……',
+    },
+    'lite answers': {
+        'en': 'asking both models the same questions (--no-answers leaves this out) ...',
+        'zh': '正在向两个模型提出相同的问题（--no-answers 可省略）……',
+    },
     'lite form': {
         'en': '{name}: {size}, {memory} while answering, {pace:.1f} tokens/s, accuracy {accuracy:.1%}',
         'zh': '{name}：{size}，回答时占用 {memory}，{pace:.1f} token/s，相对精度 {accuracy:.1%}',
