@@ -226,7 +226,7 @@ class VisionConfig:
     """Vision options.
 
     Args:
-        max_batch_size: images per forward of the vision encoder.
+        max_batch_size: more than 1: the pictures that a step encodes at most; 1, the default, leaves it to the engine.
         thread_safe: accepted; the pipeline is always safe to use from several threads.
     """
 
