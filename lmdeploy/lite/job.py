@@ -286,7 +286,9 @@ def amount(source: Source, options: Options, device: torch.device, needs: frozen
         layer = sum(out * wide for _, out, wide in source.sizes())
         moments = 3 * source.config.hidden_size ** 2 + source.config.intermediate_size ** 2
         work = source.num_layers * (4 * layer + (2 * moments if 'hessian' in needs else 0))
-        limit = max(LEAST_TOKENS, int(CPU_WORK / work))
+        wide = max(wide for _, _, wide in source.sizes())
+        least = 2 * wide if 'hessian' in needs else 0  # with fewer tokens than channels, errors are fitted to noise
+        limit = max(LEAST_TOKENS, least, int(CPU_WORK / work))
     if limit is None or asked <= limit:
         return length, samples, 0
     return min(length, limit), max(1, limit // min(length, limit)), asked

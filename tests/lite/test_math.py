@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -173,6 +175,22 @@ def test_groups_that_do_not_divide(toy):
     with pytest.raises(ConfigError, match=r'LMD-606.*--w-group-size 32'):
         check_groups(source, AWQ(Storage(FORMAT, bits=4, group=48, symmetric=False)))
     check_groups(source, AWQ(Storage(FORMAT, bits=4, group=0, symmetric=False)))
+    source.checkpoint.close()
+
+
+def test_a_cpu_takes_fewer_tokens_and_says_so(toy, monkeypatch):
+    from lmdeploy.lite import job
+
+    source = open_source(toy)
+    given = job.Options(calib_samples=64, calib_seqlen=512)
+    assert job.amount(source, given, CPU, NONE) == (512, 64, 0)  # the toy is small enough for all of them
+    monkeypatch.setattr(job, 'CPU_WORK', 1e6)
+    assert job.amount(source, given, CPU, NONE) == (512, 4, 64 * 512)
+    monkeypatch.setattr(job, 'LEAST_TOKENS', 0)
+    assert job.amount(source, given, CPU, frozenset({'hessian'})) == (192, 1, 64 * 512)  # twice the widest input
+    assert job.amount(source, given, torch.device('meta'), NONE) == (512, 64, 0)
+    for limit, wanted in ((100, (100, 1)), (1 << 40, (512, 64))):
+        assert job.amount(source, replace(given, calib_tokens=limit), CPU, NONE)[:2] == wanted
     source.checkpoint.close()
 
 
