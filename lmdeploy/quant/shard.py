@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmdeploy.config.quantization import hadamard_block
 from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
 from lmdeploy.quant.rows import take_outputs
 from lmdeploy.quant.scheme import dense_scheme
+from lmdeploy.quant.transform import plain_weight
 from lmdeploy.weights.dequant import BLOCK_SIZES, BLOCK_TYPES
 
 LEAST_GROUP = 8  # channels: smaller groups take as much memory for scales as for codes
@@ -53,8 +55,17 @@ def slice_inputs(bundle: LinearBundle, shares: Sequence[Tensor], rank: int) -> I
     """Rank ``rank``'s summand of a layer whose inputs are shared out as ``shares``, one index for each rank.
 
     The bias goes with the first rank. Where the layer sorts its inputs, the sorted ones are shared out instead: ranks
-    keep whole groups, and each takes its inputs from those of all ranks.
+    keep whole groups, and each takes its inputs from those of all ranks. A transform of the inputs stays where ranks
+    have whole blocks of it; elsewhere the layer is made a dense one for plain inputs.
+
+    Raises:
+        ValueError: that would be a layer whose inputs are rounded behind the transform.
     """
+    if bundle.input_transform and (bundle.perm is not None or not _in_blocks(shares, bundle.input_transform)):
+        if bundle.scheme.activation:
+            raise ValueError(f'inputs of {bundle.scheme} behind {bundle.input_transform} cannot be shared out so')
+        bundle = LinearBundle(dense_scheme(32), bundle.out_features, bundle.in_features, weight=plain_weight(bundle),
+                              bias=bundle.bias)  # fmt: skip
     plain = bundle if rank == 0 else replace(bundle, bias=None)
     if bundle.perm is not None:
         widths = [int((one >= 0).sum()) for one in shares]
@@ -69,6 +80,18 @@ def slice_inputs(bundle: LinearBundle, shares: Sequence[Tensor], rank: int) -> I
     if bundle.scheme.name in BLOCK_TYPES:
         return InputSlice(_blocks(plain, index))
     return InputSlice(_codes(plain, index))
+
+
+def _in_blocks(shares: Sequence[Tensor], transform: str) -> bool:
+    """Whether every share is of whole blocks of the transform, each in its order."""
+    block = hadamard_block(transform)
+    for index in shares:
+        if len(index) % block:
+            return False
+        runs = index.view(-1, block)
+        if not torch.equal(runs, runs[:, :1] + torch.arange(block, device=index.device)) or (runs[:, 0] % block).any():
+            return False
+    return True
 
 
 def common_group(index: Tensor, group: int) -> int:

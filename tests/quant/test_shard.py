@@ -13,6 +13,7 @@ from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.dequant import dequantize_bundle
 from lmdeploy.quant.scheme import QuantScheme, dense_scheme
 from lmdeploy.quant.shard import common_group, slice_inputs, slice_outputs
+from lmdeploy.quant.transform import plain_weight, transform
 from lmdeploy.weights.dequant import BLOCK_SIZES
 
 SIZES = (1, 2, 3, 4, 8)
@@ -170,3 +171,29 @@ def test_groups_become_as_small_as_they_must():
     halves = check_inputs(with_bias(bundle), [torch.arange(448), torch.arange(448, 896)])
     assert [half.scheme.group for half in halves] == [64, 64]
     assert slice_inputs(bundle, [torch.arange(3), torch.arange(3, 896)], 1).bundle.scheme.dense
+
+
+@pytest.mark.parametrize(('width', 'aligned'), [(128, True), (64, True), (32, False), (24, False)])
+@pytest.mark.parametrize('ordered', [True, False])
+def test_transformed_inputs(width, aligned, ordered):
+    """Ranks' products with their own transformed inputs add up; where blocks are cut through, they are plain ones."""
+    torch.manual_seed(0)
+    made = integers(QuantScheme('int', 4, 64))(192 if width == 24 else 256, 16)
+    bundle = replace(made, input_transform='hadamard:64')
+    bundle.scales.mul_(0.1)
+    if not ordered:
+        bundle.perm = torch.randperm(bundle.in_features)
+    shares = list(torch.arange(bundle.in_features).split(width))
+    x = torch.randn(5, bundle.in_features)
+    wanted = x @ plain_weight(bundle).t()
+    total = torch.zeros_like(wanted)
+    for rank, index in enumerate(shares):
+        part = slice_inputs(bundle, shares, rank)
+        assert bool(part.bundle.input_transform) == (aligned and ordered)
+        assert part.take is None
+        total += transform(x[:, index], part.bundle.input_transform) @ whole(part.bundle).t()
+    torch.testing.assert_close(total, wanted, atol=1e-4, rtol=1e-4)
+    rounded = replace(bundle, scheme=replace(bundle.scheme, activation='int8'))
+    if not (aligned and ordered):
+        with pytest.raises(ValueError, match='behind hadamard:64'):
+            slice_inputs(rounded, shares, 0)
