@@ -158,15 +158,16 @@ class KeyBasis:
         2023, attention sinks), so that its error is in every result.
         """
         kv_heads, dim = k.shape[1:]
+        q, k = (torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) for x in (q, k))
         k = torch.cat((k, k[:1].expand(len(k) // 10, -1, -1)))
-        grouped = q.double().view(len(q), kv_heads, -1, dim)
-        moments = (torch.einsum('nkd,nke->kde', k.double(), k.double()),
+        grouped = q.view(len(q), kv_heads, -1, dim)
+        moments = (torch.einsum('nkd,nke->kde', k, k),
                    torch.einsum('nkgd,nkge->kde', grouped, grouped))
         c, m = (_shrunk(moment.cpu(), shrink) for moment in moments)
-        root, inverse = _power(c, 0.5), _power(c, -0.5)
-        s = inverse @ _power(root @ m @ root, 0.5) @ inverse
+        root, inverse = _roots(c)
+        s = inverse @ _roots(root @ m @ root)[0] @ inverse
         spread = hadamard(torch.eye(dim)).double()
-        keys, queries = (_power(s, power) @ spread for power in (0.5, -0.5))
+        keys, queries = (power @ spread for power in _roots(s))
         return cls(keys.float().to(k.device), queries.float().to(k.device))
 
 
@@ -177,10 +178,11 @@ def _shrunk(moment: Tensor, share: float) -> Tensor:
     return moment / size + share * unit
 
 
-def _power(matrix: Tensor, power: float) -> Tensor:
-    """A power of symmetric positive matrices."""
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of symmetric positive matrices, and its inverse."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(1e-9).pow(power)[..., None, :]) @ vectors.transpose(-1, -2)
+    values = values.clamp_min(1e-9)[..., None, :].sqrt()
+    return (vectors * values) @ vectors.transpose(-1, -2), (vectors / values) @ vectors.transpose(-1, -2)
 
 
 def turn(x: Tensor, axes: Tensor) -> Tensor:
