@@ -72,7 +72,8 @@ class AWQFormat:
         if scales is None or bundle.perm is not None or bundle.out_features % 8:
             raise ValueError('AWQ holds grouped codes in their own order, of a multiple of 8 outputs')
         if zeros is None:
-            codes, zeros = uncentred(codes, 4), torch.full(scales.shape, MIDDLE, dtype=torch.int16, device=scales.device)
+            codes = uncentred(codes, 4)
+            zeros = torch.full(scales.shape, MIDDLE, dtype=torch.int16, device=scales.device)
         return with_bias({'qweight': _pack(codes), 'qzeros': _pack(zeros), 'scales': scales}, bundle)
 
     def dequant(self, bundle: LinearBundle) -> Tensor:
