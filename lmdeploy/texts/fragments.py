@@ -20,6 +20,7 @@ FRAGMENTS: dict[str, str] = {
     'a number': '数字',
     'a {type}': '{type} 类型',
     'true or false': 'true 或 false',
+    'a list of objects': '由对象组成的列表',
     'a list of two sizes': '由两个大小组成的列表',
     'a list of functions': '函数列表',
     'a list of names of layers': '层名称列表',
