@@ -215,7 +215,7 @@ def many_gemm(codes: Tensor, scales: Tensor, weight: ScaledWeight, config: ManyC
 
 @lru_cache
 def _tuned() -> dict[str, tuple[int, ...]]:
-    """The measured configurations, ``'kind/NxK/columns'``: six numbers each."""
+    """The measured configurations, ``'kind/NxK/rows'``: the fields of FewConfig, or of ManyConfig above MOST_FEW."""
     text = (Path(__file__).parents[1] / 'tuned' / 'scaled_sm90.json').read_text(encoding='utf-8')
     return {shape: tuple(values) for shape, values in json.loads(text).items()}
 

@@ -17,8 +17,8 @@ from lmdeploy.quant.bundle import LinearBundle
 from lmdeploy.quant.kernels.base import SCALED, KernelCase
 from lmdeploy.quant.scheme import FLOAT8
 
-# tokens whose inputs W4A8 leaves exact: on an H200 the integers gained nothing up to 256 (258 and 276 us a layer of 8B),
-# and beyond it cuBLAS multiplies the dense weight
+# tokens whose inputs W4A8 leaves exact: on an H200 the integers gained nothing at 256 (276 us a layer of 8B instead of
+# 257), and beyond it cuBLAS multiplies the dense weight
 EXACT_ROWS = 1 << 30
 
 
