@@ -2,12 +2,13 @@
 
     python benchmark/compare_transformers.py [MODEL.gguf | alias] [--rounds 5] [--threads 2]
 
-Both sides load the same file in the same dtype and use the same number of threads; every round runs both, alternating,
-and the figure is the median of the rounds' ratios, since the speed of shared machines swings from minute to minute.
-transformers runs with a static cache, its setting for speed. Each side is alone when it is timed: whoever computes in a
-process keeps a team of OpenMP threads, and two teams on the same processors slow each other down, so transformers runs
-in a thread that ends, and the pipeline is built anew for every round. Reported: single-stream decode, prefill of 512
-tokens, and how many times the tokens per second of one stream 16 concurrent prompts give.
+Both sides load the same file in the same dtype, with its weights dequantised as transformers does, and use the same
+number of threads; every round runs both, alternating, and the figure is the median of the rounds' ratios, since the
+speed of shared machines swings from minute to minute. transformers runs with a static cache, its setting for speed.
+Each side is alone when it is timed: whoever computes in a process keeps a team of OpenMP threads, and two teams on the
+same processors slow each other down, so transformers runs in a thread that ends, and the pipeline is built anew for
+every round. Reported: single-stream decode, prefill of 512 tokens, and how many times the tokens per second of one
+stream 16 concurrent prompts give.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def main() -> None:
     short, long, many = prompt(32), prompt(512), [prompt(32) for _ in range(16)]
 
     def ours() -> dict[str, float]:
-        with pipeline(str(path), PytorchEngineConfig(dtype=args.dtype, session_len=2048, max_batch_size=16),
-                      log_level='ERROR') as pipe:
+        config = PytorchEngineConfig(dtype=args.dtype, session_len=2048, max_batch_size=16, exact_weights=True)
+        with pipeline(str(path), config, log_level='ERROR') as pipe:
             answer(pipe, [long], 4)
             return {
                 'short': timed(lambda: answer(pipe, [short], 1)),

@@ -52,10 +52,9 @@ def build(plan: StepPlan, slots: SlotTable) -> tuple[ForwardBatch, Outputs]:
 
     device = slots.device
     (token_ids, positions_, query_start_, kv_lens_, table_, kv_slots_, output_rows, pending_, pending_slots) = upload(
-        device, np.maximum(plan.tokens, 0), _turned(plan, slots, rows, positions), query_start, kv_lens, table, kv_slots,
-        outputs.tokens, pending,
-        plan.slots[rows[pending]],
-    )
+        device, np.maximum(plan.tokens, 0), _turned(plan, slots, rows, positions), query_start, kv_lens, table,
+        kv_slots, outputs.tokens, pending, plan.slots[rows[pending]],
+    )  # fmt: skip
     token_ids = token_ids.int()
     if len(pending):
         token_ids[pending_] = slots.last_token[pending_slots]
