@@ -63,7 +63,7 @@ class Pages:
         width = k.shape[-1]
         tma = tma and width * k.element_size() % 16 == 0  # what descriptors can describe
         if tma:
-            box = [TILE, padded_words(dim, bits) if bits else next_power_of_2(width)]
+            box = [TILE, padded_words(dim, bits) if bits else max(next_power_of_2(width), 16)]
             k, v = (TensorDescriptor(pages, [pages.numel() // width, width], [width, 1], box) for pages in (k, v))
         k_scales, v_scales = (None, None) if layer.k_scales is None else map(words, layer.scales)
         if offset is not None:
