@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=2, help='of training (default: %(default)s)')
     parser.add_argument('--share', type=float, default=0.6, help='of the time for learning to see')
     parser.add_argument('--batch', type=int, default=2, help='conversations per step (default: %(default)s)')
-    parser.add_argument('--examined', type=int, default=1, help='held-out scenes (default: %(default)s)')
+    parser.add_argument('--examined', type=int, default=0, help='held-out scenes (default: %(default)s)')
     args = parser.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.manual_seed(0)
