@@ -67,7 +67,7 @@ def test_a_question_from_standard_input(lmdeploy, toy):
     (['chat', '/no/such/model', '-q', 'x'], None, 66, 'error LMD-102'),
     (['chat', 'no-such-name', '-q', 'x'], None, 66, 'error LMD-104'),
     (['pull', 'no-such-name'], None, 66, 'error LMD-104'),
-    (['chat', 'TOY', '-q', 'x', '--tp', '2'], None, 78, 'error LMD-226'),
+    (['chat', 'TOY', '-q', 'x', '--tp', '0'], None, 78, 'error LMD-222'),
     (['chat', 'TOY', '-q', 'x', '--adapters', 'a=/b'], None, 78, 'error LMD-227'),
     (['chat', 'TOY', '-q', 'x', '--chat-template', 'nothing'], None, 65, 'error LMD-170'),
     (['chat', 'TOY', '-q', 'x', '--temperature', '9'], None, 1, 'error LMD-310'),

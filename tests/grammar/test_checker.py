@@ -34,7 +34,7 @@ def test_a_checked_grammar_becomes_the_compiled_one_in_the_engine_s_process(chec
     given = EngineInput('r', [5, 6], SamplingParams(max_new_tokens=8, stop_ids=stops), grammar=named)
     loaded: Future = Future()
     loaded.set_result(tokenizer)
-    built = Intake(loaded, VOCAB)(wire.Submit.of(given)).grammar
+    built = Intake(loaded, VOCAB)(wire.Submit.of(given), []).grammar
     direct = compiler.compile(GOOD).matcher(stops)
     masks = np.zeros((2, -(-VOCAB // 32)), np.uint32)
     for token in tokenizer.encode('"red"'):

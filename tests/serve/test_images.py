@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import re
@@ -272,6 +273,39 @@ def test_bombs_and_damage_are_refused_with_one_text(serve):
     for body in (ask(*[data_url(picture(900, 900))] * 2), ask(*[data_url(picture())] * 4)):
         found = server.post(CHAT, body)
         assert found.status_code == 400 and 'limit' in found.text
+
+
+def test_bytes_of_pictures_and_the_time_to_fetch_one(serve):
+    small = data_url(picture())
+    size = len(stored(picture()))
+    assert serve(limits=Limits(image_bytes=size, images_bytes=size)).post(CHAT, ask(small)).status_code == 200
+    for limits, urls in ((Limits(image_bytes=size - 1), [small]),
+                         (Limits(images_bytes=2 * size - 1), [small, data_url(picture(100, 80))])):
+        found = serve(limits=limits).post(CHAT, ask(*urls))
+        assert found.status_code == 400, found.text
+
+    class Dripping(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b'x')
+                    self.wfile.flush()
+                    time.sleep(0.1)
+
+        def log_message(self, *args):
+            pass
+
+    slow = ThreadingHTTPServer(('127.0.0.1', 0), Dripping)
+    slow.daemon_threads = True
+    threading.Thread(target=slow.serve_forever, daemon=True).start()
+    server = serve(media_rules=LOOPBACK, limits=Limits(fetch_seconds=1))
+    begin = time.monotonic()
+    found = server.post(CHAT, ask(f'http://127.0.0.1:{slow.server_port}/x.png'))
+    assert found.status_code == 400 and time.monotonic() - begin < 4, found.text
+    slow.shutdown()
+    slow.server_close()
 
 
 def test_a_slow_picture_holds_up_nobody(serve, tokenizer_folder):

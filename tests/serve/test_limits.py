@@ -44,6 +44,8 @@ ELSEWHERE = {  # entries with tests of their own, in the modules named
     'queue': 'test_admission', 'request_seconds': 'test_admission', 'key_requests': 'test_admission',
     'key_requests_per_minute': 'test_admission', 'key_tokens_per_minute': 'test_admission',
     'connections': 'test_live', 'address_connections': 'test_live', 'bad_keys_per_minute': 'test_edge',
+    'images': 'test_images', 'image_bytes': 'test_images', 'images_bytes': 'test_images', 'image_pixels': 'test_images',
+    'images_pixels': 'test_images', 'fetch_seconds': 'test_images',
 }
 
 
