@@ -63,6 +63,13 @@ def add_groups(parser: argparse.ArgumentParser, *, bits: int = 4, group: int = 1
                         help='input channels that share a scale; -1: all (default: %(default)s)')
 
 
+def add_rotation(parser: argparse.ArgumentParser) -> None:
+    """Which rotation goes before the rounding, for formats that can carry one to the run time."""
+    parser.add_argument('--rotation', choices=('none', 'portable', 'native'), default='native',
+                        help='native: Hadamard transforms of inputs while the model runs, the most exact; portable: '
+                             'folded into the weights (default: %(default)s)')
+
+
 def _tokens(text: str) -> int:
     return sys.maxsize if text == 'all' else at_least(2)(text)
 

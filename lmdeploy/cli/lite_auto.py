@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limit.add_argument('--budget', metavar='SIZE', help='size of the whole model, such as 4.2GB or 900MiB')
     parser.add_argument('--w-group-size', type=int, default=128, metavar='N',
                         help='input channels that share a scale; of 2 bits at most 64 (default: %(default)s)')
-    parser.add_argument('--rotation', choices=('none', 'portable', 'native'), default='native',
-                        help='native: Hadamard transforms of inputs while the model runs, the most exact; portable: '
-                             'folded into the weights (default: %(default)s)')
+    shared.add_rotation(parser)
     shared.add_calibration(parser)
     shared.add_work(parser)
 

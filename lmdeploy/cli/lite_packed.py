@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     parser.add_argument('--w-group-size', type=int, default=None, metavar='N',
                         help='input channels that share a scale (default: 128; of w2 64)')
-    parser.add_argument('--rotation', choices=('none', 'portable', 'native'), default='native',
-                        help='native: Hadamard transforms of inputs while the model runs, the most exact; portable: '
-                             'folded into the weights (default: %(default)s)')
+    shared.add_rotation(parser)
     shared.add_calibration(parser)
     shared.add_work(parser)
 
